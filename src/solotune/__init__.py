@@ -1,0 +1,58 @@
+"""Reinforcement learning from human feedback for language models on one GPU.
+
+    import solotune
+
+    solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in samples], prompts=["I like"])
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solotune.config import (
+        DataConfig,
+        ILQLConfig,
+        MethodConfig,
+        ModelConfig,
+        OptimizerConfig,
+        PPOConfig,
+        Recipe,
+        RewardConfig,
+        RFTConfig,
+        SchedulerConfig,
+        SFTConfig,
+        TokenizerConfig,
+        TrainConfig,
+        TRLConfig,
+        default_ppo_config,
+    )
+    from solotune.trainers.run import train
+
+__version__ = _version("solotune")
+
+__all__ = [
+    "DataConfig",
+    "ILQLConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RFTConfig",
+    "Recipe",
+    "RewardConfig",
+    "SFTConfig",
+    "SchedulerConfig",
+    "TRLConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "default_ppo_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the configuration alone does not need torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'solotune' has no attribute {name!r}")
+    return getattr(import_module("solotune.trainers.run" if name == "train" else "solotune.config"), name)

@@ -1,0 +1,204 @@
+"""Log-probabilities of given tokens without the logits of all of them at once.
+
+Shapes: N tokens (response positions of all rows, packed), H hidden size, V vocabulary, c tokens of a chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from solotune.algorithms.masks import ShapeError
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""The language-model head: (c, H) hidden states to (c, V) logits, each row by itself, whatever happens in between."""
+
+# Logits of a chunk, c * V. On a CPU the chunk should stay near the caches; a GPU wants large matrix products. Three
+# buffers of this size at most are alive at once.
+CPU_CHUNK_ELEMENTS = 2**23
+GPU_CHUNK_ELEMENTS = 2**26
+
+
+class LogprobStats(NamedTuple):
+    """logprobs_N: log p of each target, nats, float32 (float64 for float64 logits).
+
+    entropies_N: entropy of each position's distribution, nats, same dtype, without gradient; None if not asked for.
+    """
+
+    logprobs_N: Tensor
+    entropies_N: Tensor | None
+
+
+def chunked_logprobs(
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    logits_of: LogitsOf,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    want_entropy: bool = True,
+) -> LogprobStats:
+    """log softmax(logits / temperature) at the targets; only the logits of one chunk exist at a time.
+
+    Differentiable with respect to the hidden states and to every trainable parameter that `logits_of` uses. With a
+    frozen head nothing is computed twice: the derivative of a log-probability by its logits, (onehot - softmax) /
+    temperature, does not depend on what comes after, so the forward pass pulls it through the head at once and keeps
+    d logprob / d hidden, (N, H), for the backward pass to scale: two matrix products with the vocabulary where
+    recomputing takes three. (Liger's fused cross-entropy, arXiv:2410.10989, section 3.2, does this for a mean loss;
+    here it holds for any loss of the log-probabilities.) A trainable head's chunks are recomputed in the backward pass.
+
+    Args:
+        hidden_NH: hidden states that predict the targets, (N, H), float.
+        targets_N: token ids, (N,), int64.
+        logits_of: the head, with whatever the model does to its logits (soft-capping, LoRA). It must take any number
+            of rows, 0 included: that is how its vocabulary and its trainable parameters are found.
+        temperature: what the tokens were sampled with, > 0.
+        chunk: rows of logits at a time; None takes as many as fit in a few tens of MB on a CPU, in a few hundred
+            elsewhere.
+        want_entropy: also compute the entropies (one more sweep over the logits).
+    Returns:
+        LogprobStats(logprobs_N, entropies_N). Differentiable once.
+    Raises:
+        ShapeError: hidden states are not (N, H), targets not (N,), or logits not (c, V).
+        ValueError: temperature or chunk is not above 0.
+    """
+    if hidden_NH.ndim != 2 or targets_N.shape != hidden_NH.shape[:1]:
+        raise ShapeError(
+            f"hidden_NH {tuple(hidden_NH.shape)}, targets_N {tuple(targets_N.shape)}; pass (N, H) and (N,): "
+            "select the response positions of all rows first"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: it must be above 0 (a greedy choice has no log-probability)")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: it must be at least 1 row, or None")
+
+    vocabulary, head_trains = _inspect_head(logits_of, hidden_NH)
+    if chunk is None:
+        elements = CPU_CHUNK_ELEMENTS if hidden_NH.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+        chunk = max(1, elements // vocabulary)
+    if head_trains:
+        return _with_trainable_head(hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy)
+    if torch.is_grad_enabled() and hidden_NH.requires_grad:
+        return LogprobStats(
+            *_FrozenHeadLogprobs.apply(hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy)
+        )
+    with torch.no_grad():
+        logprobs_N, entropies_N, _ = _sweep(hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy, False)
+    return LogprobStats(logprobs_N, entropies_N)
+
+
+def _inspect_head(logits_of: LogitsOf, hidden_NH: Tensor) -> tuple[int, bool]:
+    """The vocabulary's size, and whether a gradient would reach anything but the hidden states.
+
+    Asked with no rows at all, so it costs nothing. The answer comes from the recorded graph, not from the caller: a
+    trainable parameter that was forgotten would get no gradient, without an error.
+    """
+    no_hidden = hidden_NH.new_zeros((0, hidden_NH.shape[1])).requires_grad_(torch.is_grad_enabled())
+    no_logits = logits_of(no_hidden)
+    if no_logits.ndim != 2 or no_logits.shape[0] != 0:
+        raise ShapeError(f"logits_of gave {tuple(no_logits.shape)} for hidden states (0, H); it must give (0, V)")
+    nodes, seen = [no_logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # AccumulateGrad: where a leaf's gradient arrives
+        if leaf is not None and leaf is not no_hidden:
+            return no_logits.shape[1], True
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return no_logits.shape[1], False
+
+
+class _FrozenHeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        targets_N: Tensor,
+        logits_of: LogitsOf,
+        temperature: float,
+        chunk: int,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        logprobs_N, entropies_N, slopes_NH = _sweep(
+            hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy, True
+        )
+        ctx.save_for_backward(slopes_NH)
+        ctx.dtype = hidden_NH.dtype
+        if entropies_N is not None:
+            ctx.mark_non_differentiable(entropies_N)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    @once_differentiable  # which hides the signature from pyright
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (slopes_NH,) = ctx.saved_tensors
+        return (grads[0][:, None] * slopes_NH).to(ctx.dtype), None, None, None, None, None
+
+
+def _sweep(
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    logits_of: LogitsOf,
+    temperature: float,
+    chunk: int,
+    want_entropy: bool,
+    want_slopes: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs, entropies and slopes d logprob / d hidden, (N, H), in one pass over the chunks."""
+    logprobs, entropies, slopes = [], [], []
+    buffer_cV = None  # one for all chunks: on a CPU fresh pages cost more than the arithmetic done in them
+    for rows_cH, targets_c in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True):
+        rows_cH = rows_cH.detach().requires_grad_(want_slopes)
+        with torch.set_grad_enabled(want_slopes):
+            logits_cV = logits_of(rows_cH)
+        with torch.no_grad():
+            wide_cV = logits_cV if logits_cV.dtype == torch.float64 else logits_cV.float()
+            if buffer_cV is None:
+                buffer_cV = torch.empty_like(wide_cV)
+            weights_cV = buffer_cV[: len(rows_cH)]
+            # softmax = weights / totals, with weights = exp((logits - max) / temperature)
+            shifts_c1 = wide_cV.amax(dim=1, keepdim=True) / -temperature
+            torch.add(shifts_c1, wide_cV, alpha=1 / temperature, out=weights_cV).exp_()
+            totals_c1 = weights_cV.sum(dim=1, keepdim=True)
+            logsumexp_c1 = totals_c1.log() - shifts_c1
+            logprobs.append(wide_cV.gather(1, targets_c[:, None]) / temperature - logsumexp_c1)
+            if want_entropy:
+                mean_logits_c1 = torch.einsum("cv,cv->c", weights_cV, wide_cV)[:, None] / totals_c1
+                entropies.append(logsumexp_c1 - mean_logits_c1 / temperature)
+            if want_slopes:
+                # d logprob / d logits = (onehot - weights / totals) / temperature. The two divisions are done on the
+                # (c, H) result, since the head's derivative is linear and keeps rows apart.
+                weights_cV.scatter_add_(1, targets_c[:, None], -totals_c1)
+                (pulled_cH,) = torch.autograd.grad(logits_cV, rows_cH, weights_cV.to(logits_cV.dtype))
+                slopes.append(pulled_cH.to(wide_cV.dtype) / (-temperature * totals_c1))
+    return (
+        torch.cat(logprobs)[:, 0],
+        torch.cat(entropies)[:, 0] if want_entropy else None,
+        torch.cat(slopes) if want_slopes else None,
+    )
+
+
+def _with_trainable_head(
+    hidden_NH: Tensor, targets_N: Tensor, logits_of: LogitsOf, temperature: float, chunk: int, want_entropy: bool
+) -> LogprobStats:
+    def of_chunk(rows_cH: Tensor, targets_c: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits_cV = logits_of(rows_cH)
+        logits_cV = logits_cV if logits_cV.dtype == torch.float64 else logits_cV.float()
+        all_logprobs_cV = torch.log_softmax(logits_cV if temperature == 1.0 else logits_cV / temperature, dim=1)
+        logprobs_c = all_logprobs_cV.gather(1, targets_c[:, None])[:, 0]
+        with torch.no_grad():
+            entropies_c = torch.einsum("cv,cv->c", all_logprobs_cV.exp(), all_logprobs_cV).neg()
+        return logprobs_c, entropies_c if want_entropy else None
+
+    logprobs, entropies = [], []
+    for rows_cH, targets_c in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True):
+        logprobs_c, entropies_c = checkpoint(of_chunk, rows_cH, targets_c, use_reentrant=False)
+        logprobs.append(logprobs_c)
+        entropies.append(entropies_c)
+    return LogprobStats(torch.cat(logprobs), torch.cat(entropies) if want_entropy else None)

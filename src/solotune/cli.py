@@ -1,0 +1,158 @@
+"""The `solotune` command: it parses, calls and prints. What takes long to import is imported by the command itself."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from solotune.config import Recipe, describe_steps
+from solotune.errors import ConfigError, SolotuneError
+from solotune.validation import nearest
+
+# In an installed package the recipes lie beside this file, in a checkout at its root.
+RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
+
+
+class _Group(TyperGroup):
+    """Says an error that is meant for the person in one message without a traceback; Ctrl-C exits with 130."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            return super().invoke(ctx)
+        except SolotuneError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except KeyboardInterrupt:
+            typer.secho("stopped", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Reinforcement learning from human feedback for language models on one GPU, or a laptop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace a setting; repeatable. C is read as YAML.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run's folder (default: runs/<name of the recipe>).")
+]
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` means: a path, or the name of a packaged recipe such as `quickstart`.
+
+    Raises:
+        ConfigError: it is neither; the packaged recipes are named.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = {file.stem: file for folder in reversed(RECIPE_FOLDERS) for file in sorted(folder.glob("*.yaml"))}
+    if name in packaged:
+        return packaged[name]
+    raise ConfigError(f"no recipe {name}: neither a file nor a packaged recipe; {nearest(name, packaged)}")
+
+
+def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
+    """The recipe, with the overrides, and with the name of its run: that of the file unless train.run_name is set."""
+    path = find_recipe(name)
+    recipe = Recipe.load_yaml(path, overrides or [])
+    if recipe.config.train.run_name is None:
+        recipe.config.train.run_name = path.stem
+    return recipe
+
+
+def _run(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    from solotune.trainers.run import run_recipe
+
+    train = recipe.config.train
+    run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume)
+
+
+@app.command()
+def quickstart(
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rounds of PPO (train.epochs).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of the PPO run (train.seed).")] = None,
+    out: OutOption = None,
+) -> None:
+    """Teach a small language model, from human ratings, to write positive film reviews. Needs no GPU and no hub."""
+    recipe = load_recipe("quickstart", [f"train.seed={seed}"] if seed is not None else [])
+    if rounds is not None:
+        train = recipe.config.train
+        train.epochs = rounds
+        train.total_steps = max(train.total_steps, rounds * describe_steps(recipe.config).steps_per_round)
+    _run(recipe, out, resume=False)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    out: OutOption = None,
+) -> None:
+    """Tune the model of a recipe."""
+    _run(load_recipe(recipe, overrides), out, resume)
+
+
+@app.command()
+def reward(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Train the reward model of a recipe (its reward.training section) and report how often it agrees with people."""
+    settings = load_recipe(recipe, overrides).reward.training
+    if settings is None:
+        raise ConfigError(f"{recipe}: reward.training is not given, so there is no reward model to train")
+    from solotune.rewards.training import train_reward_model
+
+    typer.echo(f"saved in {train_reward_model(settings)}")
+
+
+@app.command()
+def tree(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Draw the module tree of a recipe's model, with what trains in it, without loading weights."""
+    config = load_recipe(recipe, overrides).config
+    from rich.console import Console
+
+    from solotune.models.loading import build_policy
+    from solotune.models.tree import parameter_tree
+
+    policy = build_policy(config, meta=True)
+    parameter_tree(policy.backbone, policy.value_head).print(Console())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+    """Write the HTML page of a run."""
+    if not run.is_dir():
+        raise ConfigError(f"no run {run}: must be the folder of a run, e.g. runs/quickstart")
+    from solotune.report.page import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"solotune {version('solotune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point of the `solotune` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

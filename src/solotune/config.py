@@ -1,0 +1,398 @@
+"""The configuration: trlX's classes, names and nesting, strict and in YAML; and the recipe, which adds data and reward.
+
+    config = default_ppo_config().evolve(train=dict(batch_size=16), method=dict(num_rollouts=64))
+    recipe = Recipe.load_yaml("recipes/quickstart.yaml", overrides=["method.lam=0.9"])
+
+Every value is checked when it is read; an error names the setting, the value given and what is allowed. Nothing here
+imports torch or transformers.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from solotune.errors import ConfigError
+from solotune.methods import (
+    ILQLConfig,
+    MethodConfig,
+    PPOConfig,
+    RFTConfig,
+    SFTConfig,
+    get_method,
+    register_method,
+)
+from solotune.sections import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RewardTrainingConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from solotune.validation import (
+    STRICT,
+    Section,
+    build_section,
+    field_values,
+    merged,
+    nearest,
+    parse_yaml,
+    plain,
+    read_yaml,
+    to_yaml,
+)
+
+__all__ = [
+    "DataConfig",
+    "ILQLConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RFTConfig",
+    "Recipe",
+    "RewardConfig",
+    "RewardTrainingConfig",
+    "SFTConfig",
+    "SchedulerConfig",
+    "StepPlan",
+    "TRLConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "default_ppo_config",
+    "describe_steps",
+    "get_method",
+    "register_method",
+]
+
+_SECTIONS: dict[str, type] = {
+    "method": MethodConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "tokenizer": TokenizerConfig,
+    "train": TrainConfig,
+}
+_RECIPE_SECTIONS: dict[str, type] = {"data": DataConfig, "reward": RewardConfig}
+
+
+def _build_method(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    if "name" not in values:
+        raise ConfigError("method.name is missing: the name of the method, e.g. PPOConfig")
+    return build_section(get_method(values["name"]), values)
+
+
+@dataclass(config=STRICT)
+class TRLConfig(Section):
+    """All settings of a training run; sections in trlX's order."""
+
+    method: Annotated[MethodConfig, BeforeValidator(_build_method)]
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+
+    def check(self) -> None:
+        """Raises ConfigError where settings of one section or of two contradict each other."""
+        for name in _SECTIONS:
+            getattr(self, name).check()
+        problems = [*_nothing_trains(self), *_generation_problems(self), *_rollout_problems(self)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "TRLConfig":
+        """The configuration in a mapping of sections, which is not changed.
+
+        Raises:
+            ConfigError: every problem of every section, one a line.
+        """
+        return cls(**_build_sections(config, _SECTIONS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sections as dicts, all of them copies; objects (a model given as one) are the same objects."""
+        return field_values(self)
+
+    @classmethod
+    def load_yaml(cls, path: str | os.PathLike[str]) -> "TRLConfig":
+        """The configuration in a YAML file; a recipe, which has `data` and `reward` too, is for `Recipe.load_yaml`."""
+        values = read_yaml(path)
+        with _naming(path):
+            return cls.from_dict(values)
+
+    def save_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes what `load_yaml` reads back as an equal configuration."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(to_yaml(_writable(self.to_dict())))
+
+    def evolve(self, **sections: Any) -> "TRLConfig":
+        """A new configuration with the given settings merged in: `evolve(train=dict(batch_size=8))`."""
+        return type(self).from_dict(merged(self.to_dict(), sections))
+
+    @classmethod
+    def update(cls, baseconfig: "Mapping[str, Any] | TRLConfig", config: Mapping[str, Any]) -> "TRLConfig":
+        """A new configuration: `baseconfig` with nested or dotted settings (`"optimizer.kwargs.lr": 1e-5`) merged in.
+
+        Keys may be new in free dicts (`gen_kwargs`, `kwargs`); any other unknown name is an error.
+        """
+        base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
+        return cls.from_dict(merged(base, config))
+
+    def __str__(self) -> str:
+        return json.dumps(plain(_writable(self.to_dict())), indent=4)
+
+
+# ---- rules between sections ---------------------------------------------------------------------------------------
+
+
+def _nothing_trains(config: TRLConfig) -> Iterable[str]:
+    model = config.model
+    if isinstance(config.method, ILQLConfig):  # its Q and V heads train even with every block frozen
+        return
+    if model.num_layers_unfrozen == 0 and model.peft_config is None and model.delta_kwargs is None:
+        yield (
+            "model.num_layers_unfrozen = 0: nothing would train without LoRA; must be -1 (everything) or at least 1, "
+            "or give model.peft_config"
+        )
+
+
+def _generation_problems(config: TRLConfig) -> Iterable[str]:
+    for field_name in ("gen_kwargs", "gen_experience_kwargs"):
+        kwargs = getattr(config.method, field_name, None)
+        if not isinstance(kwargs, dict):
+            continue
+        path = f"method.{field_name}.max_new_tokens"
+        given = kwargs.get("max_new_tokens")
+        if given is None:
+            yield f"{path} is missing: how many tokens a response may have, less than train.seq_length"
+            continue
+        for new_tokens in given if isinstance(given, list) else [given]:
+            if new_tokens >= config.train.seq_length:
+                yield (
+                    f"{path} = {new_tokens}: must be less than train.seq_length, which is {config.train.seq_length} "
+                    "and has to hold the prompt as well"
+                )
+
+
+def _rollout_problems(config: TRLConfig) -> Iterable[str]:
+    method = config.method
+    if not isinstance(method, PPOConfig):
+        return
+    if method.num_value_layers_unfrozen:
+        yield (
+            f"method.num_value_layers_unfrozen = {method.num_value_layers_unfrozen}: must be 0; the value head reads "
+            "the policy's last hidden state, blocks of its own are not supported"
+        )
+    for path, size in (("train.batch_size", config.train.batch_size), ("method.chunk_size", method.chunk_size)):
+        count = method.num_rollouts
+        if count % size == 0 or (path == "method.chunk_size" and size >= count):
+            continue
+        fits = [n for n in (count // size * size, -(-count // size) * size) if n]
+        yield (
+            f"method.num_rollouts = {count}: must be a multiple of {path}, which is {size}, "
+            f"e.g. {' or '.join(map(str, fits))}"
+        )
+
+
+# ---- recipes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(config=STRICT)
+class Recipe(Section):
+    """A configuration, the prompts and the reward: everything that `solotune train` needs."""
+
+    config: TRLConfig
+    data: DataConfig
+    reward: RewardConfig
+
+    @classmethod
+    def from_dict(cls, recipe: Mapping[str, Any]) -> "Recipe":
+        """The recipe in a mapping of sections; `versions`, which a saved run has, is left out.
+
+        Raises:
+            ConfigError: every problem of every section, one a line.
+        """
+        given = {name: values for name, values in recipe.items() if name != "versions"}
+        built = _build_sections(given, _SECTIONS | _RECIPE_SECTIONS)
+        config = TRLConfig(**{name: built[name] for name in _SECTIONS})
+        return cls(config, built["data"], built["reward"])
+
+    @classmethod
+    def load_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "Recipe":
+        """The recipe in a YAML file, with settings such as `"method.lam=0.9"` replaced; their values are YAML.
+
+        Raises:
+            ConfigError: not a file, not YAML, or what is wrong with its settings.
+        """
+        values = merged(read_yaml(path), {})
+        for override in overrides:
+            values = merged(values, parse_override(override))
+        with _naming(path):
+            return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sections as dicts, all of them copies: those of the config, then data and reward."""
+        return {**self.config.to_dict(), "data": field_values(self.data), "reward": field_values(self.reward)}
+
+    def save_yaml(self, path: str | os.PathLike[str], versions: Mapping[str, str] | None = None) -> None:
+        """Writes what `load_yaml` reads back as an equal recipe; `versions` (package: version) go along."""
+        values = _writable(self.to_dict())
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(to_yaml({**values, "versions": dict(versions)} if versions else values))
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=c` as {"a.b": c}, with c read as YAML.
+
+    Raises:
+        ConfigError: no `=`, no dotted name before it, or c is not YAML.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals or "." not in name or not all(name.split(".")):
+        raise ConfigError(f"override {text!r}: must be section.setting=value, e.g. train.batch_size=16")
+    return {name: parse_yaml(value, f"the value of {text!r}")}
+
+
+def _build_sections(values: Any, sections: Mapping[str, type]) -> dict[str, Any]:
+    """One object a section; the problems of all sections are collected."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a configuration must be a mapping of {', '.join(sections)}, not {type(values).__name__}")
+    built, problems = {}, []
+    for name in values:
+        if name not in sections:
+            settings = [] if isinstance(values[name], Mapping) else _dotted_names(values, sections)
+            problems.append(f"unknown section {name}: {nearest(str(name), [*sections, *settings])}")
+    for name, cls in sections.items():
+        if name not in values:
+            problems.append(f"section {name} is missing")
+            continue
+        try:
+            section = values[name]
+            built[name] = build_section(cls, section) if cls is not MethodConfig else _built_method(section)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return built
+
+
+def _built_method(values: Any) -> Any:
+    if isinstance(values, MethodConfig):
+        return build_section(type(values), values)
+    if not isinstance(values, Mapping):
+        return build_section(MethodConfig, values)
+    return _build_method(values)
+
+
+def _dotted_names(values: Mapping[str, Any], sections: Iterable[str]) -> Iterable[str]:
+    """train.seed, optimizer.kwargs.lr, ...: for the hint on a setting that was given without its section."""
+    for section in sections:
+        for name, value in dict(values.get(section) or {}).items():
+            yield f"{section}.{name}"
+            if isinstance(value, Mapping):
+                yield from (f"{section}.{name}.{key}" for key in value)
+
+
+def _writable(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with a model object replaced by its name and, for the parameter tree, its architecture."""
+    model = dict(values["model"])
+    given = model["model_path"]
+    if not isinstance(given, str):
+        architecture = getattr(given, "config", given)
+        model["model_path"] = getattr(architecture, "_name_or_path", "") or f"<{type(given).__name__}>"
+        model["architecture"] = model["architecture"] or plain(architecture.to_dict())
+    return {**values, "model": model}
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name before the problems that are found in its settings."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = str(error).splitlines()
+        between = " " if len(problems) == 1 else "\n  "
+        raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
+
+
+# ---- PPO's defaults and step accounting ---------------------------------------------------------------------------
+
+
+def default_ppo_config() -> TRLConfig:
+    """trlX's defaults: GPT-2 that knows film reviews, its last two blocks trained."""
+    return TRLConfig(
+        method=PPOConfig(),
+        model=ModelConfig(model_path="lvwerra/gpt2-imdb", num_layers_unfrozen=2),
+        optimizer=OptimizerConfig(
+            name="adamw", kwargs={"lr": 3e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
+        ),
+        scheduler=SchedulerConfig(name="cosine_annealing", kwargs={"T_max": 1e12, "eta_min": 3e-5}),
+        tokenizer=TokenizerConfig(tokenizer_path="gpt2"),
+        train=TrainConfig(
+            total_steps=10000, seq_length=1024, epochs=100, batch_size=32, checkpoint_interval=10000, eval_interval=100
+        ),
+    )
+
+
+class StepPlan(NamedTuple):
+    """What a PPO run will do. `rollouts` is a round's; `total_steps` are optimizer steps; `ended_by` a setting."""
+
+    rounds: int
+    rollouts: int
+    steps_per_round: int
+    total_steps: int
+    ended_by: str
+
+    @property
+    def line(self) -> str:
+        """The plan as the one line that is said before the first round."""
+        in_last = self.total_steps - (self.rounds - 1) * self.steps_per_round
+        last = f" (the last round stops after {in_last})" if in_last < self.steps_per_round else ""
+        return (
+            f"{_counted(self.rounds, 'round')} of {_counted(self.rollouts, 'rollout')}, "
+            f"{_counted(self.steps_per_round, 'optimizer step')} a round: "
+            f"{_counted(self.total_steps, 'optimizer step')} in all{last}, ended by {self.ended_by}"
+        )
+
+    def __str__(self) -> str:
+        return self.line
+
+    def __rich__(self) -> str:
+        return self.line
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def describe_steps(config: TRLConfig) -> StepPlan:
+    """How many rounds and optimizer steps a PPO run takes, and which setting ends it.
+
+    As in trlX: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size).
+
+    Raises:
+        ConfigError: the method is not PPO, which alone counts in this way.
+    """
+    method, train = config.method, config.train
+    if not isinstance(method, PPOConfig):
+        raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig only")
+    steps_per_round = method.ppo_epochs * (method.num_rollouts // train.batch_size)
+    by_epochs = train.epochs * steps_per_round
+    total = min(train.total_steps, by_epochs)
+    if train.total_steps <= by_epochs:
+        ended_by = f"train.total_steps = {train.total_steps:,}"
+    else:
+        ended_by = f"train.epochs = {train.epochs:,}"
+    return StepPlan(math.ceil(total / steps_per_round), method.num_rollouts, steps_per_round, total, ended_by)

@@ -1,0 +1,1 @@
+"""Prompts, ratings, preference pairs, and the quickstart's assets."""

@@ -1,0 +1,218 @@
+"""Prompts: texts to continue, with the metadata that reward functions may ask for."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
+from solotune.data.film_snippets import read as read_film_snippets
+from solotune.data.tables import Row, read_rows
+from solotune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from solotune.config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+PROMPT_COLUMNS = ("prompt", "text", "query")
+RESERVED = ("samples", "prompts", "outputs", "tokenizer")  # a reward function's own keywords
+DEFAULT_EVAL_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts.
+
+    Args:
+        texts: N texts, none of them empty.
+        metadata: name -> N values, passed to reward functions whose signature takes that name.
+    """
+
+    texts: list[str]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def from_list(cls, rows: Sequence[Row], column: str = "prompt") -> "Prompts":
+        """Texts, or mappings with the text under `column` and the same further keys in every row.
+
+        Raises:
+            DataError: there are none, one is empty, or the rows differ in their keys.
+        """
+        if not rows:
+            raise DataError("there are no prompts: `data.prompts` is empty; give at least one text")
+        texts, columns = [], []
+        names = set(_mapping(rows[0], 0, column))
+        for index, row in enumerate(rows):
+            values = _mapping(row, index, column)
+            if set(values) != names:
+                raise DataError(
+                    f"prompt {index} has the keys {sorted(values)}, prompt 0 has {sorted(names)}: "
+                    "every prompt needs the same keys"
+                )
+            text = values.pop(column)
+            if not isinstance(text, str):
+                raise DataError(f"prompt {index} is a {type(text).__name__} ({str(text)[:80]!r}), expected a text")
+            if not text.strip():
+                raise DataError(f"prompt {index} is empty ({text!r}): remove it or give it a text")
+            texts.append(text)
+            columns.append(values)
+        if taken := sorted((names - {column}) & set(RESERVED)):
+            raise DataError(
+                f"prompts have metadata called {', '.join(taken)}, which reward functions get as something else "
+                f"({', '.join(RESERVED)}); rename it"
+            )
+        return cls(texts, {name: [values[name] for values in columns] for name in sorted(names - {column})})
+
+    def select(self, indices: Sequence[int]) -> "Prompts":
+        """The prompts at `indices`, in that order."""
+        metadata = {name: [values[i] for i in indices] for name, values in self.metadata.items()}
+        return Prompts([self.texts[i] for i in indices], metadata)
+
+    def spread(self, count: int | None) -> "Prompts":
+        """At most `count` prompts, evenly spaced: data sets are often sorted by label, so the first ones are not fair."""
+        if count is None or count >= len(self):
+            return self
+        return self.select([i * len(self) // count for i in range(count)])
+
+    def first_words(self, count: int) -> "Prompts":
+        """The first `count` words of each prompt; shorter prompts and repeated ones are left out.
+
+        Raises:
+            DataError: none is left.
+        """
+        seen: set[tuple[str, str]] = set()
+        kept, texts = [], []
+        for index, text in enumerate(self.texts):
+            words = text.split()[:count]
+            key = (" ".join(words), repr([values[index] for values in self.metadata.values()]))
+            if len(words) == count and key not in seen:
+                seen.add(key)
+                kept.append(index)
+                texts.append(key[0])
+        if not kept:
+            raise DataError(f"no prompt has {count} words: lower `data.prompt_words`, or remove it")
+        logger.info("%d prompts of %d words from %d texts", len(kept), count, len(self))
+        return Prompts(texts, self.select(kept).metadata)
+
+
+def load_prompts(data: "DataConfig") -> Prompts:
+    """The training prompts of a recipe, in a fixed order.
+
+    Raises:
+        DataError: there are none, or the source is missing or malformed.
+    """
+    prompts = _load(data.prompts, data)
+    if data.prompt_words is not None:
+        prompts = prompts.first_words(data.prompt_words)
+    return prompts.spread(data.max_prompts)
+
+
+def load_eval_prompts(data: "DataConfig") -> Prompts:
+    """The evaluation prompts, each `eval_repeats` times in a row; 32 of the training prompts where none are given.
+
+    `prompt_words` cuts those of a file or data set as well, but never a list that is written out in the recipe.
+
+    Raises:
+        DataError: as `load_prompts`.
+    """
+    if data.eval_prompts is None:
+        prompts = load_prompts(data).spread(DEFAULT_EVAL_PROMPTS)
+    else:
+        prompts = _load(data.eval_prompts, data)
+        if data.prompt_words is not None and isinstance(data.eval_prompts, str):
+            prompts = prompts.first_words(data.prompt_words)
+    return prompts.select([index for index in range(len(prompts)) for _ in range(data.eval_repeats)])
+
+
+def encode(
+    prompts: Prompts | Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    add_special_tokens: bool = True,
+) -> list[list[int]]:
+    """Token ids of each prompt, never truncated.
+
+    Args:
+        max_length: room for a prompt in tokens, `train.seq_length` less the new tokens.
+        add_special_tokens: let the tokenizer add its own (a BOS); what it adds at the end is dropped, because a prompt
+            goes on.
+    Raises:
+        DataError: there are no prompts; one has no tokens or more than `max_length`.
+    """
+    texts = list(prompts.texts if isinstance(prompts, Prompts) else prompts)
+    if not texts:
+        raise DataError("there are no prompts: `data.prompts` is empty; give at least one text")
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if add_special_tokens:
+        plain_rows, rows = rows, tokenizer(texts, add_special_tokens=True)["input_ids"]
+        rows = [_without_trailing(row, plain) for row, plain in zip(rows, plain_rows, strict=True)]
+        dropped = tokenizer(texts[0], add_special_tokens=True)["input_ids"][len(rows[0]) :]
+        if dropped:
+            names = " ".join(tokenizer.convert_ids_to_tokens(dropped))
+            logger.info("the tokenizer ends every text with %s; prompts go on, so it is left out of them", names)
+    bos = tokenizer.bos_token_id
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        if not text.strip() or not row:
+            raise DataError(f"prompt {index} is empty ({text!r}): remove it or give it a text")
+        if len(row) > max_length:
+            raise DataError(
+                f"prompt {index} has {len(row)} tokens, but there is room for {max_length} "
+                "(`train.seq_length` less `max_new_tokens` of the generation settings): shorten it, raise "
+                f"`train.seq_length` to at least {len(row) - max_length} more, or lower `max_new_tokens`. "
+                f"It begins {text[:80]!r}"
+            )
+        if bos is not None and row[:2] == [bos, bos]:
+            logger.warning(
+                "prompt %d starts with %s twice: once in its text and once added by the tokenizer; "
+                "set `tokenizer.add_special_tokens: false` if the texts have their own",
+                index,
+                tokenizer.bos_token,
+            )
+            bos = None  # said once
+    return [list(row) for row in rows]
+
+
+def _without_trailing(row: list[int], plain: list[int]) -> list[int]:
+    """`row` = leading special tokens + `plain` + trailing ones -> the same without the trailing ones."""
+    for start in range(len(row) - len(plain) + 1):
+        if row[start : start + len(plain)] == plain:
+            return row[: start + len(plain)]
+    return row
+
+
+def _mapping(row: Row, index: int, column: str) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {column: row}
+    if not isinstance(row, dict):
+        raise DataError(f"prompt {index} is a {type(row).__name__} ({str(row)[:80]!r}), expected a text or a mapping")
+    if column not in row:
+        raise DataError(f"prompt {index} has no key {column!r}; its keys are {sorted(map(str, row))}")
+    return dict(row)
+
+
+def _load(source: "str | list[Row]", data: "DataConfig") -> Prompts:
+    if not isinstance(source, str):
+        return Prompts.from_list(source, data.prompt_column or "prompt")
+    if source == FILM_SNIPPETS:
+        return Prompts([snippet.text for snippet in read_film_snippets(Path(resolve(source)))])
+    if source.startswith(PREFIX):
+        raise DataError(f"{resolve(source)!r} is not a set of prompts; {FILM_SNIPPETS!r} is")
+    rows = read_rows(source, data.split)
+    column = data.prompt_column or "prompt"
+    if data.prompt_column is None and rows and isinstance(rows[0], dict):
+        first = rows[0]
+        found = [name for name in PROMPT_COLUMNS if name in first]
+        if not found:
+            raise DataError(
+                f"{source!r} has the columns {sorted(first)}, none of which is {' or '.join(PROMPT_COLUMNS)}; "
+                "name the one to use in `data.prompt_column`"
+            )
+        column = found[0]
+    return Prompts.from_list(rows, column)

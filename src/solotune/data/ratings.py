@@ -1,0 +1,159 @@
+"""Human feedback to learn a reward model from: rated texts, and pairs of a chosen and a rejected text."""
+
+import math
+import os
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
+from solotune.data.film_snippets import read as read_film_snippets
+from solotune.data.tables import read_rows
+from solotune.errors import DataError
+
+
+class Ratings(NamedTuple):
+    """N texts and their N ratings, finite and within the range that was asked for."""
+
+    texts: list[str]
+    ratings: list[float]
+
+    def groups(self) -> list[str]:
+        """What must not be on both sides of a split: texts that differ in case, spacing or punctuation alone."""
+        return [_normalised(text) for text in self.texts]
+
+
+class Pairs(NamedTuple):
+    """N pairs of whole texts, prompt included; `prompts` is what the two share and what splits go by."""
+
+    chosen: list[str]
+    rejected: list[str]
+    prompts: list[str]
+
+    def groups(self) -> list[str]:
+        """The prompt, or the chosen text where the two share no beginning."""
+        return [_normalised(p) or _normalised(c) for p, c in zip(self.prompts, self.chosen, strict=True)]
+
+
+class Split(NamedTuple):
+    """Indices of the training rows and of the held-out rows, each in ascending order."""
+
+    train: list[int]
+    heldout: list[int]
+
+
+def load_ratings(source: str, text_column: str, rating_column: str, low: float, high: float) -> Ratings:
+    """Rated texts from a file, a data set or `asset:film-snippets`.
+
+    The film snippets have the columns `text`, `rating` (mean, -4 .. 4) and `positive_share` (of the raters, 0 .. 1).
+
+    Raises:
+        DataError: a column is missing, a text is empty, or a rating is not a number in [low, high].
+    """
+    rows = _dicts(source, (text_column, rating_column))
+    texts, ratings = [], []
+    for index, row in enumerate(rows):
+        text, rating = _text(row, text_column, index, source), row[rating_column]
+        try:
+            value = float(rating)
+        except (TypeError, ValueError):
+            value = math.nan
+        if isinstance(rating, bool) or not low <= value <= high:
+            raise DataError(
+                f"{source!r}, row {index}: the rating in column {rating_column!r} is {rating!r}, expected a number "
+                f"from {low:g} to {high:g} (`rating_min` and `rating_max` of the reward training)"
+            )
+        texts.append(text)
+        ratings.append(value)
+    return Ratings(texts, ratings)
+
+
+def load_pairs(source: str, chosen_column: str, rejected_column: str) -> Pairs:
+    """Preference pairs from a file or a data set.
+
+    With a column `prompt`, it is put before both answers unless they begin with it already. Without one, the two are
+    whole texts (dialogues as in HH-RLHF), and their common beginning is the prompt.
+
+    Raises:
+        DataError: a column is missing, a text is empty, or the two texts of a pair are the same.
+    """
+    pairs = Pairs([], [], [])
+    for index, row in enumerate(_dicts(source, (chosen_column, rejected_column))):
+        chosen, rejected = (_text(row, column, index, source) for column in (chosen_column, rejected_column))
+        prompt = row.get("prompt") or ""
+        if not isinstance(prompt, str):
+            raise DataError(f"{source!r}, row {index}: `prompt` is a {type(prompt).__name__}, expected a text")
+        if prompt and not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            chosen, rejected = prompt + chosen, prompt + rejected
+        if chosen == rejected:
+            raise DataError(f"{source!r}, row {index}: the chosen and the rejected text are the same: {chosen[:80]!r}")
+        pairs.chosen.append(chosen)
+        pairs.rejected.append(rejected)
+        pairs.prompts.append(prompt or _shared_turns(chosen, rejected))
+    return pairs
+
+
+def split(groups: Sequence[str], holdout: int, seed: int) -> Split:
+    """Hold out `holdout` rows, drawn by `seed`; rows of one group are never on both sides.
+
+    Raises:
+        DataError: fewer than two rows would be left to train on, or the groups do not add up to `holdout` rows.
+    """
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = list(members)
+    random.Random(seed).shuffle(order)
+    heldout: list[int] = []
+    for group in order:
+        if len(heldout) + len(members[group]) <= holdout:
+            heldout += members[group]
+        if len(heldout) == holdout:
+            break
+    train = sorted(set(range(len(groups))) - set(heldout))
+    if len(heldout) != holdout or len(train) < 2:
+        raise DataError(
+            f"cannot hold out {holdout} of {len(groups)} rows ({len(members)} distinct ones) and keep rows to train on; "
+            "lower `holdout` of the reward training"
+        )
+    return Split(train, sorted(heldout))
+
+
+def _dicts(source: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    if source == FILM_SNIPPETS:
+        rows: list[Any] = [snippet._asdict() for snippet in read_film_snippets(Path(resolve(source)))]
+    elif source.startswith(PREFIX):
+        raise DataError(f"{resolve(source)!r} holds no human feedback; {FILM_SNIPPETS!r} does")
+    else:
+        rows = read_rows(source)
+    if not rows:
+        raise DataError(f"{source!r} has no rows")
+    for index, row in enumerate(rows):
+        present = sorted(map(str, row)) if isinstance(row, dict) else ["no columns at all"]
+        if missing := [column for column in columns if column not in present]:
+            raise DataError(
+                f"{source!r}, row {index} has no column {' or '.join(map(repr, missing))}; it has {', '.join(present)}"
+            )
+    return rows
+
+
+def _text(row: dict[str, Any], column: str, index: int, source: str) -> str:
+    text = row[column]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{source!r}, row {index}: column {column!r} is {str(text)[:80]!r} ({type(text).__name__}), "
+            "expected a text that is not empty"
+        )
+    return text
+
+
+def _normalised(text: str) -> str:
+    return re.sub(r"\W+", " ", text.casefold()).strip()
+
+
+def _shared_turns(chosen: str, rejected: str) -> str:
+    """The beginning that two dialogues share, up to the last line break in it; empty for texts without one."""
+    shared = os.path.commonprefix([chosen, rejected])
+    return shared[: shared.rfind("\n") + 1]

@@ -1,0 +1,229 @@
+"""The settings of each algorithm: trlX's `method` section. `register_method` adds one of your own."""
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from solotune.errors import ConfigError
+from solotune.validation import (
+    STRICT,
+    CountInt,
+    Flag,
+    FreeDict,
+    FreeKeyError,
+    NonNegativeReal,
+    PositiveInt,
+    PositiveReal,
+    Real,
+    Section,
+    UnitReal,
+    nearest,
+    real_number,
+    shown,
+    whole_number,
+)
+
+_METHODS: dict[str, type] = {}
+C = TypeVar("C", bound=type)
+
+
+@overload
+def register_method(name: C) -> C: ...
+@overload
+def register_method(name: str) -> Callable[[C], C]: ...
+def register_method(name: Any) -> Any:
+    """Class decorator: makes a method config known by its class name, or by `@register_method("name")`; any case."""
+    if isinstance(name, str):
+
+        def register(cls: C) -> C:
+            _METHODS[name.lower()] = cls
+            return cls
+
+        return register
+    _METHODS[name.__name__.lower()] = name
+    return name
+
+
+def get_method(name: str) -> type:
+    """The method config class registered under `name` (any case).
+
+    Raises:
+        ConfigError: nothing is registered under it.
+    """
+    if not isinstance(name, str) or name.lower() not in _METHODS:
+        known = {key: cls.__name__ for key, cls in _METHODS.items()}
+        hint = nearest(str(name), [cls if cls.lower() == key else key for key, cls in known.items()])
+        raise ConfigError(f"method.name = {shown(name)}: no such method; {hint}")
+    return _METHODS[name.lower()]
+
+
+# ---- generation arguments -----------------------------------------------------------------------------------------
+
+_GENERATION = {  # what the own sampler knows: converter, test, what is allowed
+    "max_new_tokens": (whole_number, lambda v: v >= 1, "a whole number of at least 1"),
+    "min_new_tokens": (whole_number, lambda v: v >= 0, "a whole number of at least 0"),
+    "top_k": (whole_number, lambda v: v >= 0, "a whole number of at least 0 (0: off)"),
+    "top_p": (real_number, lambda v: 0 < v <= 1, "a number above 0 and at most 1 (1: off)"),
+    "temperature": (real_number, lambda v: 0 < v < float("inf"), "a number above 0 (for greedy: do_sample false)"),
+    "do_sample": (lambda v: v, lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def _generation_value(name: str, value: Any) -> Any:
+    convert, allowed, wording = _GENERATION[name]
+    try:
+        converted = convert(value)
+        fits = allowed(converted)
+    except ValueError:
+        converted, fits = value, False
+    if not fits:
+        raise FreeKeyError(name, value, f"must be {wording}")
+    return converted
+
+
+def _generation(kwargs: Any, lists: bool) -> Any:
+    """`kwargs` with what the own sampler knows checked and converted; the rest is generate's and stays as it is."""
+    if not isinstance(kwargs, dict):
+        return kwargs  # FreeDict says what is wrong
+    checked = dict(kwargs)
+    for name in _GENERATION.keys() & kwargs.keys():
+        value = kwargs[name]
+        if value is None:  # generate's word for: not set
+            continue
+        if lists and isinstance(value, list | tuple):
+            checked[name] = [_generation_value(name, item) for item in value]
+        else:
+            checked[name] = _generation_value(name, value)
+    low, high = checked.get("min_new_tokens"), checked.get("max_new_tokens")
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+        raise FreeKeyError("min_new_tokens", low, f"must be at most max_new_tokens, which is {high}")
+    return checked
+
+
+GenKwargs = Annotated[FreeDict, BeforeValidator(lambda kwargs: _generation(kwargs, lists=False))]
+# A list stands for a sweep at evaluation, e.g. beta: [0, 1, 100].
+SweepKwargs = Annotated[FreeDict, BeforeValidator(lambda kwargs: _generation(kwargs, lists=True))]
+
+
+# ---- methods ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(config=STRICT)
+class MethodConfig(Section):
+    """Base of the method configs. `name` is what `get_method` finds the class by."""
+
+    SECTION: ClassVar[str] = "method"
+
+    name: str
+
+    def check(self) -> None:
+        registered = _METHODS.get(self.name.lower())
+        if registered is not None and registered not in type(self).__mro__:
+            raise ConfigError(
+                f"method.name = {shown(self.name)}: names {registered.__name__}, this is {type(self).__name__}"
+            )
+
+
+def _no_clipping(value: Any) -> Any:
+    return value or None  # trlX: 0 and false mean that rewards are not clipped
+
+
+def _scaling(value: Any) -> str:
+    if value is None or value is False or value in ("ignored", "ignore"):
+        return "ignored"
+    if value in ("running", "ref"):
+        return value
+    raise ValueError("must be 'running', 'ref' or 'ignored' (also null or false)")
+
+
+@register_method
+@dataclass(config=STRICT)
+class PPOConfig(MethodConfig):
+    """Proximal policy optimisation; names and defaults are those of trlX's `default_ppo_config`.
+
+    ppo_epochs: passes over the rollouts of a round. num_rollouts: responses a round (per process).
+    chunk_size: responses sampled at a time. init_kl_coef: weight of the per-token KL penalty.
+    target: nats per response that the adaptive controller aims at; None keeps the weight fixed.
+    horizon: responses over which it adapts.
+    scale_reward: scores are divided by their 'running' standard deviation, by ref_std or that of the first chunk
+    ('ref'), or not ('ignored'). cliprange_reward: they are clipped to +- this; None: not.
+    gen_kwargs: sampling arguments; gen_experience_kwargs, if given, replaces them for rollouts only.
+    """
+
+    name: str = "PPOConfig"
+    ppo_epochs: PositiveInt = 4
+    num_rollouts: PositiveInt = 128
+    chunk_size: PositiveInt = 128
+    init_kl_coef: NonNegativeReal = 0.001
+    target: PositiveReal | None = None
+    horizon: PositiveReal = 10000.0
+    gamma: UnitReal = 1.0
+    lam: UnitReal = 0.95
+    cliprange: PositiveReal = 0.2
+    cliprange_value: PositiveReal = 0.2
+    vf_coef: NonNegativeReal = 1.0
+    scale_reward: Annotated[Literal["running", "ref", "ignored"], BeforeValidator(_scaling)] = "ignored"
+    ref_mean: Real | None = None
+    ref_std: PositiveReal | None = None
+    cliprange_reward: Annotated[PositiveReal | None, BeforeValidator(_no_clipping)] = 10.0
+    gen_kwargs: GenKwargs = field(
+        default_factory=lambda: {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
+    )
+    gen_experience_kwargs: GenKwargs | None = None
+    num_value_layers_unfrozen: CountInt = 0
+
+
+@register_method
+@dataclass(config=STRICT)
+class ILQLConfig(MethodConfig):
+    """Implicit language Q-learning; names and defaults are those of trlX's `default_ilql_config`."""
+
+    name: str = "ILQLConfig"
+    tau: UnitReal = 0.7
+    gamma: UnitReal = 0.99
+    cql_scale: NonNegativeReal = 0.1
+    awac_scale: NonNegativeReal = 1.0
+    alpha: UnitReal = 0.001
+    beta: Real = 0.0
+    steps_for_target_q_sync: PositiveInt = 5
+    two_qs: Flag = True
+    gen_kwargs: SweepKwargs = field(
+        default_factory=lambda: {"max_new_tokens": 56, "top_k": 20, "beta": 1, "temperature": 1.0}
+    )
+
+
+@register_method
+@dataclass(config=STRICT)
+class SFTConfig(MethodConfig):
+    """Supervised fine-tuning; `gen_kwargs` are used at evaluation."""
+
+    name: str = "SFTConfig"
+    gen_kwargs: SweepKwargs = field(
+        default_factory=lambda: {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
+    )
+
+
+@register_method
+@dataclass(config=STRICT)
+class RFTConfig(MethodConfig):
+    """Rejection-sampling fine-tuning (ReST): names and defaults are trlX's; percentiles are fractions."""
+
+    name: str = "RFTConfig"
+    gen_kwargs: SweepKwargs = field(
+        default_factory=lambda: {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
+    )
+    start_percentile: UnitReal = 0.7
+    end_percentile: UnitReal = 0.95
+    n_improve_steps: PositiveInt = 4
+    n_generations_per_prompt: PositiveInt = 32
+
+    def check(self) -> None:
+        super().check()
+        if self.start_percentile > self.end_percentile:
+            raise ConfigError(
+                f"method.start_percentile = {self.start_percentile}: must be at most method.end_percentile, "
+                f"which is {self.end_percentile}"
+            )

@@ -1,0 +1,158 @@
+"""LoRA from trlX's two generations of settings: `delta_kwargs` (OpenDelta's names) and `peft_config`.
+
+`delta_kwargs` puts LoRA on the last `num_layers_unfrozen` blocks, as trlX 0.4 to 0.6 did; `peft_config` is applied as
+PEFT does. Both become a `peft.LoraConfig`, so that what is saved is a standard adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_config
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from solotune.errors import ModelError
+from solotune.models.split import Decoder
+
+log = logging.getLogger("solotune")
+
+PRESETS = ("all", "attention", "mlp")
+
+QKV_ONLY = {"gptj": ("q_proj", "k_proj", "v_proj"), "gpt_neox": ("query_key_value",)}
+"""Architectures for which trlX's preset 'attention' leaves the output projection out."""
+
+
+def lora_config(
+    delta_kwargs: dict[str, Any] | None,
+    peft_config: dict[str, Any] | PeftConfig | None,
+    num_layers_unfrozen: int,
+    decoder: Decoder,
+) -> LoraConfig | None:
+    """The adapter to add, or None where the model itself is trained.
+
+    Raises:
+        ModelError: a module name matches nothing, the adapter is not LoRA, or it would train biases (which PEFT does
+            not switch off with the adapter, so that the reference would move).
+    """
+    if peft_config is not None:
+        if num_layers_unfrozen != -1:
+            log.info("model.num_layers_unfrozen=%s is ignored: model.peft_config says what is trained", num_layers_unfrozen)
+        return _from_peft(peft_config)
+    if delta_kwargs is None:
+        return None
+    options = dict(delta_kwargs)
+    options.pop("delta_type", None)
+    modules = options.pop("modified_modules", "all")
+    n_blocks = len(decoder.blocks)
+    k = n_blocks if num_layers_unfrozen == -1 else num_layers_unfrozen
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.pop("lora_r", 8),
+        lora_alpha=options.pop("lora_alpha", 16),
+        lora_dropout=options.pop("lora_dropout", 0.0),
+        target_modules=_module_names(modules, decoder),
+        layers_to_transform=list(range(n_blocks - k, n_blocks)),
+        layers_pattern=decoder.list_name,
+        **options,
+    )
+
+
+def _from_peft(peft_config: dict[str, Any] | PeftConfig) -> LoraConfig:
+    if isinstance(peft_config, dict):
+        options = {"task_type": "CAUSAL_LM", "peft_type": "LORA", **peft_config}
+        try:
+            config = get_peft_config(options)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"model.peft_config={peft_config!r} is not a PEFT configuration: {error}") from error
+    else:
+        config = copy.deepcopy(peft_config)
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"model.peft_config: peft_type is {config.peft_type}; allowed is LORA")
+    if config.bias != "none":
+        raise ModelError(
+            f"model.peft_config: bias is {config.bias!r}; allowed is 'none' (PEFT does not switch trained biases off with "
+            "the adapter, so the reference model would move)"
+        )
+    return config
+
+
+def linear_names(block: nn.Module) -> list[str]:
+    """Paths, relative to a block, of the layers LoRA can be put on."""
+    return [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _module_names(modules: str | list[str], decoder: Decoder) -> list[str]:
+    names = linear_names(decoder.blocks[-1])
+    if isinstance(modules, str) and modules in PRESETS:
+        in_attention = [name for name in names if "attn" in name.lower() or "attention" in name.lower()]
+        if modules == "all":
+            return names
+        if modules == "mlp":
+            return [name for name in names if name not in in_attention]
+        only = QKV_ONLY.get(decoder.lm.config.model_type)
+        return [name for name in in_attention if only is None or name.rpartition(".")[2] in only]
+    wanted = [modules] if isinstance(modules, str) else list(modules)
+    for name in wanted:
+        if not any(known == name or known.endswith("." + name) for known in names):
+            raise ModelError(
+                f"model.delta_kwargs.modified_modules: {name!r} is no linear layer of a {type(decoder.blocks[-1]).__name__}; "
+                f"allowed are {', '.join(PRESETS)}, or any of {', '.join(names)}"
+            )
+    return wanted
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in the model to 0, LoRA's and attention's included.
+
+    The probabilities and not `.eval()`, because gradient checkpointing is active in training mode only. The model's and
+    the adapter's configurations keep theirs, so that what is saved is what was loaded.
+    """
+    lora_dropouts = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            if "lora_dropout" in name:
+                lora_dropouts.add(module.p)
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "drop" in attribute and isinstance(value, float) and value > 0:
+                setattr(module, attribute, 0.0)
+    if lora_dropouts:
+        log.info(
+            "lora_dropout=%s is kept in the saved adapter's configuration and not applied: with dropout the first "
+            "ratio of PPO is not 1",
+            ", ".join(str(p) for p in sorted(lora_dropouts)),
+        )
+
+
+def select_trainable(decoder: Decoder, num_layers_unfrozen: int) -> None:
+    """Without LoRA: train the last k blocks and the final norm (k > 0), or everything (k = -1).
+
+    Raises:
+        ModelError: the model has fewer blocks than k.
+    """
+    for parameter in decoder.lm.parameters():
+        parameter.requires_grad_(num_layers_unfrozen == -1)
+    if num_layers_unfrozen > 0:
+        for module in [*decoder.blocks[-num_layers_unfrozen:], *decoder.final_norms.values()]:
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
+
+
+def check_block_count(num_layers_unfrozen: int, decoder: Decoder) -> None:
+    """Raise ModelError where more blocks are to be trained than the model has."""
+    if num_layers_unfrozen > len(decoder.blocks):
+        raise ModelError(
+            f"model.num_layers_unfrozen is {num_layers_unfrozen}, but {type(decoder.lm).__name__} has "
+            f"{len(decoder.blocks)} blocks; allowed are 1 to {len(decoder.blocks)}, or -1 for all"
+        )
+
+
+def to_trainable_dtype(model: nn.Module) -> None:
+    """Trained tensors are kept in fp32, whatever the frozen ones are in."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,176 @@
+"""From a configuration to a `PolicyModel` and a tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from solotune.data.assets import resolve
+from solotune.errors import ModelError, NotYetError
+from solotune.models.adapters import (
+    check_block_count,
+    lora_config,
+    select_trainable,
+    switch_off_dropout,
+    to_trainable_dtype,
+)
+from solotune.models.policy import PolicyModel
+from solotune.models.split import Decoder
+
+if TYPE_CHECKING:
+    from solotune.config import ModelConfig, TokenizerConfig, TRLConfig
+
+log = logging.getLogger("solotune")
+
+
+def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bool = False) -> PolicyModel:
+    """Load the model a configuration names, add its adapter, mark what is trained, and split it.
+
+    Args:
+        config: only `model` and `train.gradient_checkpointing` are read.
+        device: where the weights go.
+        meta: build the same modules without weights, on the meta device.
+    Raises:
+        ModelError: the model is not found, has no safetensors, has too few blocks, or the adapter does not fit.
+    """
+    model = config.model
+    if model.model_arch_type != "causal":
+        raise NotYetError(f"model.model_arch_type: {model.model_arch_type!r} is not there yet; allowed is 'causal'")
+    lm = _empty_model(model) if meta else _load(model, _dtype(model, device), device)
+    decoder = Decoder(lm)
+    check_block_count(model.num_layers_unfrozen, decoder)
+    adapter = lora_config(model.delta_kwargs, model.peft_config, model.num_layers_unfrozen, decoder)
+    backbone: Any = lm
+    if adapter is None:
+        if model.num_layers_unfrozen == 0:
+            raise ModelError("model.num_layers_unfrozen is 0 and there is no LoRA: nothing would train; allowed are -1, "
+                             "1 or more blocks, or 0 with peft_config")  # fmt: skip
+        select_trainable(decoder, model.num_layers_unfrozen)
+    else:
+        lm.requires_grad_(False)
+        try:
+            backbone = get_peft_model(lm, adapter)
+        except ValueError as error:
+            raise ModelError(f"model.peft_config does not fit {type(lm).__name__}: {error}") from error
+    switch_off_dropout(backbone)
+    to_trainable_dtype(backbone)
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
+    return PolicyModel(backbone, gradient_checkpointing=config.train.gradient_checkpointing)
+
+
+def load_tokenizer(config: TokenizerConfig) -> Any:
+    """The tokenizer, padding on the left. Without a pad token it pads with EOS: masks, not ids, say what is padding.
+
+    Raises:
+        ModelError: it is not found.
+    """
+    path = resolve(config.tokenizer_path)
+    options = {"padding_side": "left", "truncation_side": config.truncation_side, **config.tokenizer_extra_configs}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer.tokenizer_path {config.tokenizer_path!r} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        stand_in = tokenizer.eos_token or tokenizer.unk_token
+        if stand_in is None:
+            raise ModelError(
+                f"tokenizer.tokenizer_path {config.tokenizer_path!r} has no pad, EOS or unknown token to pad with; set "
+                "one in tokenizer.tokenizer_extra_configs, such as pad_token: '<pad>'"
+            )
+        tokenizer.pad_token = stand_in
+    return tokenizer
+
+
+def _dtype(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
+    """What the frozen weights are kept in: bf16 on CUDA, fp32 on a CPU, or what `model_extra_configs.dtype` says."""
+    given = model.model_extra_configs.get("dtype", model.model_extra_configs.get("torch_dtype"))
+    if given is None:
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if isinstance(given, torch.dtype) or given == "auto":
+        return given
+    dtype = getattr(torch, str(given), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"model.model_extra_configs.dtype is {given!r}; allowed are float32, bfloat16, float16 and auto")
+    return dtype
+
+
+def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
+    given = model.model_path
+    if isinstance(given, PreTrainedModel):
+        return given.to(device)  # type: ignore[arg-type]
+    options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
+    if isinstance(given, PretrainedConfig):
+        lm = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
+        return lm.to(device)
+    path = resolve(given)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_load_failure(given, error)) from error
+    return lm.to(device)
+
+
+def _load_failure(path: str, error: Exception) -> str:
+    reason = _first_line(error)
+    if "safetensors" in str(error) and "model_type" not in str(error):
+        return (
+            f"model.model_path {path!r} has no safetensors weights ({reason}); allowed are models in safetensors (pickled "
+            "weights can run code when they are read): convert it once with save_pretrained()"
+        )
+    return (
+        f"model.model_path {path!r} cannot be loaded: {reason}. Allowed are a folder with config.json and safetensors, or a "
+        "model's name on the hub (HF_HUB_OFFLINE=1 allows only cached ones)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _empty_model(model: ModelConfig) -> PreTrainedModel:
+    given = model.model_path
+    if isinstance(given, PreTrainedModel):
+        config = given.config
+    elif isinstance(given, PretrainedConfig):
+        config = given
+    elif model.architecture is not None:
+        options = dict(model.architecture)
+        model_type = options.pop("model_type")
+        try:
+            config = AutoConfig.for_model(model_type, **options)
+        except ValueError as error:
+            raise ModelError(f"model.architecture.model_type {model_type!r} is unknown: {_first_line(error)}") from error
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                resolve(given), trust_remote_code=model.model_extra_configs.get("trust_remote_code", False)
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.model_path {given!r}: no configuration found ({_first_line(error)}); give a folder with a "
+                "config.json, a name on the hub, or a model.architecture mapping"
+            ) from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    import accelerate
+    import peft
+
+    import solotune
+
+    return {
+        "solotune": solotune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "accelerate": accelerate.__version__,
+    }

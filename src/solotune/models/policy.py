@@ -1,0 +1,207 @@
+"""One backbone, four roles: policy, frozen reference, critic, and the trunk they share.
+
+Every pass goes through `PolicyModel.forward`, because that is what DDP, FSDP2 and DeepSpeed wrap: calling an inner
+method under DDP would leave gradients unsynchronised without an error.
+
+Shapes: b rows of a micro-batch, P padded prompt length, T padded response length, S = P + T - 1, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from solotune.algorithms.logprobs import chunked_logprobs
+from solotune.models.split import Decoder, Head, Top, TrunkRecorder
+from solotune.rollout.generate import generate
+from solotune.rollout.records import Rollouts
+from solotune.rollout.sampler import sample
+
+Task = Literal["sample", "generate", "measure", "update"]
+
+
+class Measured(NamedTuple):
+    """One pass over the responses; zero outside the response mask, all (b, T) float32.
+
+    Args:
+        logprobs_bT: log-probability of each response token under the policy, at the sampling temperature.
+        values_bT: the critic's value before that token was emitted.
+        entropies_bT: entropy of the policy where that token was drawn, nats; no gradient.
+        ref_logprobs_bT: under the frozen reference; None in an update.
+    """
+
+    logprobs_bT: Tensor
+    values_bT: Tensor
+    entropies_bT: Tensor
+    ref_logprobs_bT: Tensor | None = None
+
+
+class ValueHead(nn.Module):
+    """V(s) from the last hidden state: Linear(h, 2h), ReLU, Linear(2h, 1) in fp32, the last layer zero at the start."""
+
+    def __init__(self, hidden_size: int, device: torch.device | str | None = None):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_size, 2 * hidden_size, device=device),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_size, 1, device=device),
+        )
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """Values (N,) of hidden states (N, H)."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            return self.layers(hidden_NH.float()).squeeze(-1)
+
+
+class PolicyModel(nn.Module):
+    """Policy, reference, critic and sampler on one backbone.
+
+    Args:
+        backbone: a causal LM whose trainable tensors require gradients, or a `PeftModel` around one. Everything that is
+            trained decides where the split lies.
+        gradient_checkpointing: recompute the top's blocks in the backward pass.
+    """
+
+    def __init__(self, backbone: PreTrainedModel | PeftModel, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.backbone = backbone
+        lm: Any = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+        self.decoder = Decoder(lm)
+        self.start = self.decoder.lowest_trainable_block()
+        self._checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.eval()
+        self.value_head = ValueHead(
+            int(lm.get_output_embeddings().weight.shape[1]), device=lm.get_output_embeddings().weight.device
+        )
+        self.top = Top(self.decoder, self.start)
+        self.head = Head(lm, self.decoder.name)
+        self.reference = nn.ModuleDict()  # frozen copies of what is trained in place; empty with LoRA
+        if isinstance(backbone, PeftModel):
+            self.reference_top, self.reference_head = self.top, self.head
+        elif self.start == 0:
+            self.reference["lm"] = _frozen_copy(lm)
+            reference = Decoder(self.reference["lm"])  # type: ignore[arg-type]
+            self.reference_top, self.reference_head = Top(reference, 0), Head(reference.lm, reference.name)
+        else:
+            self.reference["blocks"] = _frozen_copy(nn.ModuleList(self.decoder.blocks[self.start :]))
+            norms = {name: _frozen_copy(norm) for name, norm in self.decoder.final_norms.items()}
+            self.reference["norms"] = nn.ModuleDict(norms)
+            blocks: Any = self.reference["blocks"]
+            self.reference_top, self.reference_head = Top(self.decoder, self.start, blocks, norms), self.head
+        self._recorder = TrunkRecorder(self.decoder.blocks[self.start]) if self.start > 0 else None
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        return self.decoder.lm
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.value_head.parameters()).device
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a standard PEFT adapter, or the whole model where it was trained itself, as safetensors."""
+        self.backbone.save_pretrained(folder, safe_serialization=True)
+
+    def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass: `sample`, `generate`, `measure` or `update` (the methods of these names with an underscore)."""
+        passes: dict[str, Callable[..., Any]] = {
+            "sample": self._sample,
+            "generate": self._generate,
+            "measure": self._measure,
+            "update": self._update,
+        }
+        return passes[task](*args, **kwargs)
+
+    def _sample(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
+        """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made."""
+        with self._recording(keep_trunk) as take_trunk:
+            return sample(self.lm, *args, take_trunk=take_trunk, **kwargs)
+
+    def _generate(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
+        """`rollout.generate.generate` and one full pass for the trunk's output."""
+        with self._recording(keep_trunk) as take_trunk:
+            return generate(self.lm, *args, take_trunk=take_trunk, **kwargs)
+
+    @torch.no_grad()
+    def _measure(self, rollouts: Rollouts, temperature: float) -> Measured:
+        """Log-probabilities of policy and reference, values and entropies in one pass over the top."""
+        measured = self._evaluate(rollouts, temperature, self.top, self.head)
+        with self._reference():
+            hidden_bTH = self._response_hidden(rollouts, self.reference_top)
+            ref_logprobs_bT, _ = self._logprobs(hidden_bTH, rollouts, temperature, self.reference_head, entropy=False)
+        return measured._replace(ref_logprobs_bT=ref_logprobs_bT)
+
+    def _update(self, rollouts: Rollouts, temperature: float) -> Measured:
+        """Log-probabilities and values with gradients; only the top runs."""
+        return self._evaluate(rollouts, temperature, self.top, self.head)
+
+    def _evaluate(self, rollouts: Rollouts, temperature: float, top: Top, head: Head) -> Measured:
+        hidden_bTH = self._response_hidden(rollouts, top)
+        logprobs_bT, entropies_bT = self._logprobs(hidden_bTH, rollouts, temperature, head, entropy=True)
+        mask_bT = rollouts.response_mask_NT
+        values_bT = self.value_head(hidden_bTH).masked_fill(~mask_bT, 0.0)
+        return Measured(logprobs_bT, values_bT, entropies_bT)
+
+    def _response_hidden(self, rollouts: Rollouts, top: Top) -> Tensor:
+        """Hidden states from which each response token was predicted, (b, T, H)."""
+        ids_bS, mask_bS, positions_bS = rollouts.inputs
+        if self._checkpointing:
+            top.train(torch.is_grad_enabled())
+        hidden_bSH = top(rollouts.trunk_NSH, ids_bS, mask_bS, positions_bS)
+        return hidden_bSH[:, rollouts.prompt_width - 1 :]
+
+    def _logprobs(
+        self, hidden_bTH: Tensor, rollouts: Rollouts, temperature: float, head: Head, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        mask_bT = rollouts.response_mask_NT
+        # Picking the response tokens out saves the head's work on padding; on a GPU it would make the host wait.
+        picked_bT = mask_bT if hidden_bTH.device.type == "cpu" else torch.ones_like(mask_bT)
+        stats = chunked_logprobs(
+            hidden_bTH[picked_bT],
+            rollouts.response_ids_NT[picked_bT],
+            head,
+            temperature=temperature,
+            want_entropy=entropy,
+        )
+        zeros_bT = torch.zeros(mask_bT.shape, device=mask_bT.device)
+        logprobs_bT = zeros_bT.masked_scatter(picked_bT, stats.logprobs_N).masked_fill(~mask_bT, 0.0)
+        if stats.entropies_N is None:
+            return logprobs_bT, zeros_bT
+        return logprobs_bT, zeros_bT.masked_scatter(picked_bT, stats.entropies_N).masked_fill(~mask_bT, 0.0)
+
+    def _reference(self) -> contextlib.AbstractContextManager:
+        return self.backbone.disable_adapter() if isinstance(self.backbone, PeftModel) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _recording(self, keep_trunk: bool) -> Iterator[Callable[[], Tensor] | None]:
+        if self._checkpointing:
+            self.top.train(False)
+        if self._recorder is None or not keep_trunk:
+            yield None
+            return
+        self._recorder.active = True
+        try:
+            yield self._recorder.take
+        finally:
+            self._recorder.active = False
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)

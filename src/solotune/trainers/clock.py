@@ -1,0 +1,53 @@
+"""Time by phase and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+class Clock:
+    """Seconds spent in each phase of a run."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._started = time.perf_counter()
+        self.total: dict[str, float] = defaultdict(float)
+        self.round: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a block; on a GPU its queued work is waited for, once a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds = time.perf_counter() - start
+            self.total[name] += seconds
+            self.round[name] += seconds
+
+    def wall_seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._started
+
+    def end_round(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        seconds = dict(self.round)
+        self.round.clear()
+        return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

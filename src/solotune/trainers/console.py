@@ -1,0 +1,65 @@
+"""What a person sees while a run goes on: a progress bar with reward and KL, tables, one-line messages."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=False)
+
+
+def show_logs(level: int = logging.INFO) -> None:
+    """Show the project's log lines on the terminal, once; a caller's own logging set-up is left alone."""
+    logger = logging.getLogger("solotune")
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+class RoundProgress:
+    """The bar over the rounds of a run."""
+
+    def __init__(self, progress: Progress | None, total: int, done: int):
+        self._progress = progress
+        self._task = None
+        if progress is not None:
+            self._task = progress.add_task("rounds", total=total, completed=done, score="", kl="")
+
+    def advance(self, metrics: dict[str, Any]) -> None:
+        """One more round, with its mean score and KL."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task,
+                advance=1,
+                score=f"score {metrics['objective/score']:.3f}",
+                kl=f"KL {metrics['objective/kl']:.2f}",
+            )
+
+
+@contextlib.contextmanager
+def round_progress(total: int, done: int, shown: bool) -> Iterator[RoundProgress]:
+    """A progress bar while the block runs; nothing where it is not `shown`."""
+    if not shown:
+        yield RoundProgress(None, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("[green]{task.fields[score]}"),
+        TextColumn("[cyan]{task.fields[kl]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield RoundProgress(progress, total, done)

@@ -1,0 +1,100 @@
+"""Sampling the evaluation prompts and scoring what comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from solotune.algorithms.kl import response_kl
+from solotune.errors import RewardError
+from solotune.rollout.records import FinishReason, Rollouts
+from solotune.rollout.settings import SamplingSettings
+from solotune.trainers.sampling import PromptSampler, Texts
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of all processes' samples.
+
+    Args:
+        reward: mean score of a sample (dense scores summed).
+        kl: mean KL to the reference, nats per response.
+        samples: a row for `samples.jsonl` per sample, in the order of the prompts.
+        metrics: means of what `metric_fn` returned.
+    """
+
+    reward: float
+    kl: float
+    samples: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+def evaluate(
+    accelerator: Accelerator,
+    policy: Callable[..., Any],
+    sampler: PromptSampler,
+    n_prompts: int,
+    settings: SamplingSettings,
+    score: Callable[[Texts], list[Any]],
+    metric_fn: Callable[..., dict[str, Any]] | None,
+    micro_batch: int,
+) -> Evaluation:
+    """Sample every evaluation prompt once, each with random numbers of its own that are the same at every evaluation.
+
+    Processes share the prompts out; every process returns the whole evaluation.
+    """
+    mine = list(range(accelerator.process_index, n_prompts, accelerator.num_processes))
+    rows: list[dict[str, Any]] = []
+    if mine:
+        rollouts = sampler(mine, mine, settings)
+        texts = sampler.texts(rollouts, settings.stop_strings)
+        kls = _kls(policy, rollouts, settings.temperature, micro_batch)
+        rows = [
+            {
+                "index": index,
+                "prompt": texts.prompts[row],
+                "output": texts.outputs[row],
+                "reward": float(sum(value) if isinstance(value, list) else value),
+                "kl": kls[row],
+                "finish": FinishReason(int(rollouts.finish_N[row])).name.lower(),
+            }
+            for row, (index, value) in enumerate(zip(mine, score(texts), strict=True))
+        ]
+        for row, values in zip(rows, _metrics(metric_fn, texts), strict=True):
+            row["metrics"] = values
+    gathered = sorted(gather_object(rows), key=lambda row: row["index"])
+    metrics = [row.pop("metrics") for row in gathered]
+    samples = [{key: value for key, value in row.items() if key != "index"} for row in gathered]
+    means = {name: _mean(metrics, name) for name in (metrics[0] if metrics else {})}
+    return Evaluation(_mean(samples, "reward"), _mean(samples, "kl"), samples, means)
+
+
+def _metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> list[dict[str, float]]:
+    """What `metric_fn` says of each sample; a single number stands for all of them."""
+    n = len(texts.samples)
+    if metric_fn is None:
+        return [{} for _ in range(n)]
+    named = metric_fn(samples=texts.samples, prompts=texts.prompts, outputs=texts.outputs, **texts.metadata)
+    columns = {}
+    for name, values in named.items():
+        column = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+        if len(column) not in (1, n):
+            raise RewardError(f"metric_fn returned {len(column)} values for {name!r}; allowed are {n}, one a sample, or 1")
+        columns[name] = column * n if len(column) == 1 else column
+    return [{name: column[row] for name, column in columns.items()} for row in range(n)]
+
+
+def _kls(policy: Callable[..., Any], rollouts: Rollouts, temperature: float, micro_batch: int) -> list[float]:
+    kls: list[float] = []
+    for rows in torch.arange(rollouts.n_rollouts).split(micro_batch):
+        part = rollouts.select(rows.to(rollouts.finish_N.device))
+        measured = policy("measure", part, temperature)
+        kls += response_kl(measured.logprobs_bT, measured.ref_logprobs_bT, part.response_mask_NT).tolist()
+    return kls
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / max(len(rows), 1)

@@ -1,0 +1,228 @@
+"""From a recipe, or from the arguments of `solotune.train`, to a finished run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
+from solotune.data.prompts import Prompts, load_eval_prompts, load_prompts
+from solotune.errors import ConfigError, NotYetError
+from solotune.models.loading import load_tokenizer, versions
+from solotune.models.tree import parameter_tree
+from solotune.report.page import write_report
+from solotune.report.table import before_after_table
+from solotune.rewards import build_reward
+from solotune.trainers import checkpoint
+from solotune.trainers.clock import Clock, peak_memory_bytes
+from solotune.trainers.console import console, show_logs
+from solotune.trainers.ppo import PPOTrainer
+from solotune.trainers.run_folder import RunFolder
+
+log = logging.getLogger("solotune")
+
+
+def run_recipe(recipe: Recipe, out: Path, resume: bool = False) -> PPOTrainer:
+    """Train what a recipe says and leave a run folder.
+
+    Args:
+        recipe: a PPO recipe.
+        out: the run's folder; an existing run there is moved aside unless it is resumed.
+        resume: continue from the newest checkpoint in `out`.
+    """
+    _supported(recipe.config)
+    accelerator = _accelerator(recipe.config)
+    clock = Clock(accelerator.device)
+    prompts, eval_prompts = load_prompts(recipe.data), load_eval_prompts(recipe.data)
+    with accelerator.main_process_first(), clock.phase("reward_model"):
+        reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
+    return _run(recipe.config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock)
+
+
+def train(
+    model_path: Any = None,
+    reward_fn: Callable[..., Any] | None = None,
+    dataset: Any = None,
+    samples: Sequence[Any] | None = None,
+    rewards: Sequence[float] | None = None,
+    prompts: Sequence[Any] | None = None,
+    eval_prompts: Sequence[Any] | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    config: TRLConfig | None = None,
+    stop_sequences: Sequence[str] = (),
+) -> PPOTrainer:
+    """Tune a model with a reward function (trlX's `train`).
+
+    Args:
+        model_path: hub id or folder, a `PretrainedConfig` (random weights) or a `PreTrainedModel`; overrides
+            `config.model.model_path`, not the tokenizer's path.
+        reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and metadata columns that it takes;
+            returns a number per sample, or a list of numbers per sample (one a response token).
+        dataset, samples, rewards: for offline methods, which are not there yet.
+        prompts: texts, or dicts with the key "prompt" whose other keys reach the reward function; default the tokenizer's
+            BOS, `batch_size` times.
+        eval_prompts: the same; default the first `batch_size` prompts.
+        metric_fn: called at every evaluation; returns named numbers.
+        config: default `default_ppo_config()`.
+        stop_sequences: texts that end a response and are cut off it.
+    Returns:
+        The trainer, trained: `.model`, `.tokenizer`, `.generate`, `.evaluate`, `.save_pretrained`.
+    Raises:
+        NotYetError: an offline method.
+        ConfigError: neither a reward function nor samples.
+    """
+    if dataset is not None or samples is not None or rewards is not None:
+        raise NotYetError("training on given samples (ILQL, SFT) is not there yet; give reward_fn= and prompts= for PPO")
+    if reward_fn is None:
+        raise ConfigError("train() got neither reward_fn nor samples; PPO needs reward_fn=, a function of samples")
+    if config is None:
+        log.warning("no config was given: using default_ppo_config()")
+    config = (config or default_ppo_config()).evolve()
+    if model_path is not None:
+        config.model.model_path = model_path
+    _supported(config)
+    accelerator = _accelerator(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    batch = config.train.batch_size * accelerator.num_processes
+    start = tokenizer.bos_token or tokenizer.eos_token
+    given = Prompts.from_list(list(prompts) if prompts is not None else [start] * batch)
+    given_eval = Prompts.from_list(list(eval_prompts)) if eval_prompts is not None else given.select(
+        range(min(batch, len(given)))
+    )  # fmt: skip
+    name = config.train.run_name or Path(sys.argv[0] or "train").stem or "train"
+    out = Path(config.train.checkpoint_dir) / name
+    resume = config.train.resume_from_checkpoint is not None
+    return _run(
+        config, None, reward_fn, given, given_eval, out, resume, accelerator, Clock(accelerator.device), metric_fn, stop_sequences
+    )
+
+
+def _run(
+    config: TRLConfig,
+    recipe: Recipe | None,
+    reward_fn: Callable[..., Any],
+    prompts: Prompts,
+    eval_prompts: Prompts,
+    out: Path,
+    resume: bool,
+    accelerator: Accelerator,
+    clock: Clock,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    stop_sequences: Sequence[str] = (),
+) -> PPOTrainer:
+    main = accelerator.is_main_process
+    start_from = _checkpoint_to_resume(config, out) if resume else None
+    run = RunFolder(out, writes=main, continued=resume)
+    accelerator.wait_for_everyone()
+    set_seed(config.train.seed)
+    trainer = PPOTrainer(
+        config, reward_fn, prompts, eval_prompts, run, metric_fn, stop_sequences, accelerator=accelerator, clock=clock
+    )
+    if main:
+        saved = recipe or _as_recipe(config, prompts, eval_prompts)
+        saved.save_yaml(out / "config.yaml", versions())
+        tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
+        console.print(f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False)
+    if config.train.tracker is not None:
+        accelerator.init_trackers(config.train.project_name, config=_flat(config.to_dict()))
+    trainer.learn(start_from)
+    finish(trainer, run)
+    accelerator.end_training()
+    return trainer
+
+
+def finish(trainer: PPOTrainer, run: RunFolder) -> None:
+    """Save the tuned model, the summary and the page, and print the before/after table."""
+    accelerator, clock = trainer.accelerator, trainer.clock
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    before, after = trainer.first_evaluation, trainer.last_evaluation
+    assert before is not None and after is not None
+    with clock.phase("save"):
+        is_adapter = hasattr(trainer.model.backbone, "peft_config")
+        trainer.save_pretrained(run.path / ("adapter" if is_adapter else "model"))
+    tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
+    tokens = trainer.rollout_tokens
+    summary = {
+        "reward_before": before.reward,
+        "reward_after": after.reward,
+        "kl": after.kl,
+        "wall_seconds": clock.wall_seconds(),
+        "seconds_by_phase": dict(clock.total),
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "rounds": trainer.rounds_done,
+        "seed": trainer.config.train.seed,
+        "steps": trainer.steps_done,
+        "tokens_per_second": tokens / max(clock.total["sample"], 1e-9),
+        "model": str(getattr(trainer.config.model.model_path, "model_type", trainer.config.model.model_path)),
+        "trainable_parameters": tree.trainable,
+        "total_parameters": tree.total,
+        "parameter_tree": tree.text(),
+    }
+    run.write_json("summary.json", summary)
+    page = write_report(run.path)
+    console.print(before_after_table(before.samples, after.samples, rows=8))
+    console.print(
+        f"reward {before.reward:.3f} -> {after.reward:.3f}, KL {after.kl:.2f} nats a response, "
+        f"{summary['wall_seconds']:.0f} s, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB; see {page}",
+        highlight=False,
+    )
+
+
+def _supported(config: TRLConfig) -> None:
+    if not isinstance(config.method, PPOConfig):
+        raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed is 'PPOConfig'")
+
+
+def _accelerator(config: TRLConfig) -> Accelerator:
+    show_logs()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return Accelerator(log_with=config.train.tracker, project_dir=config.train.logging_dir)
+
+
+def _checkpoint_to_resume(config: TRLConfig, out: Path) -> Path | None:
+    given = config.train.resume_from_checkpoint
+    if given is not None and (Path(given) / "state.json").exists():
+        return Path(given)
+    found = checkpoint.saved((Path(given) if given is not None else out) / "checkpoints")
+    if not found:
+        log.warning("nothing to resume in %s: starting from the beginning", given or out)
+        return None
+    return found[-1]
+
+
+def _as_recipe(config: TRLConfig, prompts: Prompts, eval_prompts: Prompts) -> Recipe:
+    """What `train()` was called with, as a recipe; its reward function is the caller's own code."""
+    return Recipe(
+        config,
+        DataConfig(prompts=_rows(prompts), eval_prompts=_rows(eval_prompts)),
+        RewardConfig(function=f"{sys.argv[0] or 'caller.py'}:reward_fn"),
+    )
+
+
+def _rows(prompts: Prompts) -> list[Any]:
+    if not prompts.metadata:
+        return list(prompts.texts)
+    columns = {"prompt": prompts.texts, **prompts.metadata}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, with values every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value, default=str)
+    return flat

@@ -1,0 +1,98 @@
+"""The files a run leaves behind: configuration, metrics, samples, summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from solotune.errors import ConfigError
+
+
+class RunFolder:
+    """A run's folder. One process writes; the others get `writes=False` and leave no file.
+
+    Args:
+        path: `<checkpoint_dir>/<name>`; an existing run there is moved to `<name>.1`, `.2`, ... unless it is continued.
+        writes: whether this process writes.
+        continued: keep what is there (`--resume`).
+    """
+
+    def __init__(self, path: Path, writes: bool = True, continued: bool = False):
+        self.path, self._writes = path, writes
+        if not writes:
+            return
+        if not continued and path.exists() and any(path.iterdir()):
+            _move_aside(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run folder {str(path)!r} cannot be made: {error}; choose another with --out") from error
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Append one JSON line a row. Numbers that are not finite become null: JSON has no NaN."""
+        if not self._writes:
+            return
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a whole JSON file at once: readers see the old one or the new one."""
+        if not self._writes:
+            return
+        aside = self.path / f".{name}.partial"
+        aside.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+    def cut_after(self, round_index: int) -> None:
+        """Drop the lines of rounds after `round_index`: they are about to be written again."""
+        if not self._writes:
+            return
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [row for row in read_lines(path) if row["round"] <= round_index]
+                path.unlink()
+                self.append(path, kept)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _move_aside(path: Path) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(aside)

@@ -1,0 +1,129 @@
+"""From prompts to rollouts and back to text: what training and evaluation share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from solotune.data.prompts import Prompts
+from solotune.rollout.draw import row_uniforms
+from solotune.rollout.records import Rollouts, concatenate
+from solotune.rollout.settings import SamplingSettings
+from solotune.trainers.order import Stream
+
+log = logging.getLogger("solotune")
+
+
+class Texts(NamedTuple):
+    """What a reward function sees of N rollouts."""
+
+    samples: list[str]
+    prompts: list[str]
+    outputs: list[str]
+    metadata: dict[str, list[Any]]
+
+
+class PromptSampler:
+    """Samples responses to prompts given by their index, in chunks.
+
+    Args:
+        policy: the `PolicyModel`, as `accelerator.prepare` returned it.
+        prompts: texts and metadata.
+        prompt_ids: their token ids.
+        stream: which random numbers the rows draw from.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[..., Any],
+        tokenizer: Any,
+        prompts: Prompts,
+        prompt_ids: list[list[int]],
+        seed: int,
+        stream: Stream,
+        chunk_size: int,
+        device: torch.device,
+    ):
+        self._policy, self._tokenizer = policy, tokenizer
+        self._prompts, self._prompt_ids = prompts, prompt_ids
+        self._seed, self._stream, self._chunk_size, self._device = seed, stream, chunk_size, device
+
+    def __call__(
+        self,
+        prompt_indices: list[int],
+        row_ids: Iterable[int],
+        settings: SamplingSettings,
+        keep_trunk: bool = True,
+    ) -> Rollouts:
+        """One response for each index; `row_ids` name the rows' random streams."""
+        task = "generate" if settings.other else "sample"
+        rows = list(zip(prompt_indices, row_ids, strict=True))
+        parts = []
+        for first in range(0, len(rows), self._chunk_size):
+            chunk = rows[first : first + self._chunk_size]
+            ids_BP, mask_BP = self._left_padded([index for index, _ in chunk])
+            parts.append(
+                self._policy(
+                    task,
+                    ids_BP,
+                    mask_BP,
+                    torch.tensor([index for index, _ in chunk], device=self._device),
+                    row_uniforms(self._seed, self._stream, (row for _, row in chunk), settings.max_new_tokens),
+                    settings,
+                    self._tokenizer.pad_token_id,
+                    keep_trunk=keep_trunk,
+                    find_stop=self._stop_finder(settings.stop_strings),
+                )
+            )
+        return concatenate(parts, self._tokenizer.pad_token_id)
+
+    def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = ()) -> Texts:
+        """Decoded outputs, without special tokens and cut at stop strings, and what belongs to their prompts.
+
+        A prompt and its response are decoded together, because tokenizers drop a space at the start of a text.
+        """
+        chosen = self._prompts.select(rollouts.prompt_index_N.tolist())
+        outputs = []
+        for row, index in enumerate(rollouts.prompt_index_N.tolist()):
+            prompt = self._decode(self._prompt_ids[index])
+            whole = self._decode(self._prompt_ids[index] + rollouts.response_tokens(row))
+            output = whole[len(prompt) :] if whole.startswith(prompt) else self._decode(rollouts.response_tokens(row))
+            outputs.append(cut_at(output, stop_strings))
+        samples = [prompt + output for prompt, output in zip(chosen.texts, outputs, strict=True)]
+        return Texts(samples, chosen.texts, outputs, chosen.metadata)
+
+    def _left_padded(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = [self._prompt_ids[index] for index in indices]
+        width = max(len(row) for row in rows)
+        pad = self._tokenizer.pad_token_id
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
+
+    def _stop_finder(self, stop_strings: tuple[str, ...]) -> Callable[[list[int]], bool] | None:
+        if not stop_strings:
+            return None
+        # A token has at least one character or is part of one, and a character at most four such parts.
+        tail = 4 * max(len(stop) for stop in stop_strings)
+
+        def find(ids: list[int]) -> bool:
+            text = self._decode(ids[-tail:])
+            return any(stop in text for stop in stop_strings)
+
+        return find
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def cut_at(output: str, stop_strings: Iterable[str]) -> str:
+    """The text before the first stop string of each kind, in their order; right-stripped where one was cut (as trlX)."""
+    for stop in stop_strings:
+        position = output.find(stop)
+        if position >= 0:
+            output = output[:position].rstrip()
+    return output
