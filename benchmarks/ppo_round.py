@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 from shapes import SHAPES, Shape
+from worker import PHASES
 
 HERE = Path(__file__).resolve().parent
 PEERS = {"trl": ("torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0")}
-PHASES = ("sample", "score", "measure", "credit", "update")
 
 
 class Side:

@@ -20,6 +20,8 @@ from typing import Any
 
 from shapes import SHAPES, Shape
 
+PHASES = ("sample", "score", "measure", "credit", "update")
+
 
 def arguments(description: str) -> tuple[Shape, str, str]:
     """(shape, device, dtype) as `ppo_round.py` passes them to a side."""

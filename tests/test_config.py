@@ -93,7 +93,8 @@ def test_fields_are_in_trlx_order():
         "PPOConfig", 2, 64, 32, 0.1, 6, 1000, 1, 0.9, 0.1, 0.3, 0.5, None, 0.0, 1.0, 5, {"max_new_tokens": 7}
     )
     assert (ppo.ppo_epochs, ppo.chunk_size, ppo.lam, ppo.cliprange_value, ppo.cliprange_reward) == (2, 32, 0.9, 0.3, 5)
-    assert [f.name for f in dataclasses.fields(TRLConfig)] == ["method", "model", "optimizer", "scheduler", "tokenizer", "train"]
+    sections = [f.name for f in dataclasses.fields(TRLConfig)]
+    assert sections == ["method", "model", "optimizer", "scheduler", "tokenizer", "train"]
 
 
 # ---- unknown, missing, contradicting -------------------------------------------------------------------------------
@@ -317,6 +318,14 @@ def test_keys_with_dots_inside_free_dicts_are_kept():
     assert default_ppo_config().evolve(model=dict(peft_config=peft)).model.peft_config == peft
 
 
+def test_sections_may_be_given_as_objects_and_are_not_lost():
+    config = default_ppo_config()
+    sections = {name: getattr(config, name) for name in config.to_dict()}
+    updated = TRLConfig.update(sections, {"train.seed": 4})
+    assert updated == config.evolve(train=dict(seed=4))
+    assert config.train.seed == 1000
+
+
 def test_a_section_object_replaces_a_section():
     config = default_ppo_config().evolve(
         train=train(), method=PPOConfig(num_rollouts=16, gen_kwargs={"max_new_tokens": 3})
@@ -415,7 +424,8 @@ def test_steps_are_counted_for_ppo_only():
 
 
 def test_configuration_does_not_import_torch():
-    code = "import sys, solotune.config, solotune.cli; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'datasets', 'peft'}"
+    code = f"import sys, solotune.config, solotune.cli; print({heavy} & set(sys.modules))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "set()"

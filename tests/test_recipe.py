@@ -62,7 +62,7 @@ def test_no_recipe_of_the_caller_is_changed_or_shared(recipe):
         ("method.lam=0.9", "config.method.lam", 0.9),
         ("optimizer.kwargs.lr=1e-3", "config.optimizer.kwargs.lr", 1e-3),
         ("optimizer.kwargs.betas=[0.5, 0.9]", "config.optimizer.kwargs.betas", [0.5, 0.9]),
-        ("method.target=null", "config.method.target", None),
+        ("method.cliprange_reward=null", "config.method.cliprange_reward", None),
         ("method.gen_kwargs={top_k: 5}", "config.method.gen_kwargs.top_k", 5),
         ("train.run_name=a=b", "config.train.run_name", "a=b"),
         ("train.run_name='1e5'", "config.train.run_name", "1e5"),

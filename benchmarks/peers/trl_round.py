@@ -104,10 +104,9 @@ class Clocks(TrainerCallback):
 def number_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """One word a token id. The pad id lies above the model's vocabulary, so that no sampled token looks like padding
     and every response keeps all its tokens."""
-    pad, unknown = "<pad>", "0"
-    words = {str(i): i for i in range(vocabulary)} | {pad: vocabulary}
-    tokenizer = Tokenizer(WordLevel(words, unk_token=unknown))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token="2", padding_side="left")
+    words = ["<unk>", "<s>", "</s>", *map(str, range(3, vocabulary)), "<pad>"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left")
 
 
 def build_trainer(shape: Shape, device: str, dtype: str, output_dir: str, worker: Worker) -> PPOTrainer:

@@ -235,7 +235,7 @@ class Recipe(Section):
         Raises:
             ConfigError: not a file, not YAML, or what is wrong with its settings.
         """
-        values = merged(read_yaml(path), {})
+        values = read_yaml(path)
         for override in overrides:
             values = merged(values, parse_override(override))
         with _naming(path):

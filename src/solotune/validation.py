@@ -30,7 +30,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """'did you mean X?' where one of `known` is close to `name`, else the list of what is known."""
     known = sorted(known)
     lowered = {other.lower(): other for other in reversed(known)}
-    same_end_or_start = [other for other in known if other.endswith(f".{name}") or other.startswith(name)]
+    same_end_or_start = sorted((k for k in known if k.endswith(f".{name}") or k.startswith(name)), key=len)
     match = same_end_or_start or [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=1)]
     return f"did you mean {match[0]}?" if match else f"known: {', '.join(known)}"
 
@@ -271,6 +271,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text with line ends other than \\n in double quotes, where they are escaped: bare, YAML folds them into spaces."""
+    style = '"' if any(end in text for end in ("\r", "\x85", "\u2028", "\u2029")) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT_NUMBER, list("-+0123456789."))
 
@@ -349,6 +356,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any], depth: int = 0) 
             result[head] = field_values(value)
             continue
         old = result.get(head)
+        old = field_values(old) if isinstance(old, Section) else old
         if isinstance(value, Mapping):
             result[head] = merged(old if isinstance(old, Mapping) else {}, value, depth + 1)
         else:

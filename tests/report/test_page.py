@@ -110,7 +110,8 @@ def test_accessible_names(make_run):
 
 HOSTILE = (
     "<script>alert(1)</script></pre></td></table><img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}"
-    "\x1b[31mred\x1b[0m\x00\u202eevil\u2066 [red]markup[/red] \ud800 ' onmouseover='x \" & &lt;b&gt; ]]>--><!--"
+    "\x1b[31mred\x1b[0m\x00\u202eevil\u2066 [red]markup[/red] \ud800 "
+    "' onmouseover='x \" onload=\"x & &lt;b&gt; ]]>--><!--"
 )
 
 
@@ -141,6 +142,7 @@ def test_hostile_loss_names_in_a_run_without_scores(make_run):
     _, page = page_of(run)
     assert "Loss" in page.text
     assert not {tag for tag, _ in page.elements} & {"script", "img"}
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
 
 
 def test_other_algorithm_without_score_or_kl_shows_its_losses(make_run, rewrite):
@@ -163,6 +165,16 @@ def test_cut_last_line_is_left_out_with_a_note(make_run):
     _, page = page_of(run)
     assert "The last line of metrics.jsonl (line 25) is cut off" in page.text
     assert "Rounds 24" in page.text
+
+
+def test_a_round_written_again_after_resuming_counts_once(make_run):
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"round": 25, "step": 100, "objective/score": 0.999}) + "\n")
+    html, _ = page_of(run)
+    assert "0.999 in round 25." in html
+    (run / "summary.json").unlink()
+    assert "4 min 46 s in rounds, so far" in page_of(run)[1].text  # 24 x 11.9 s: the new line has no time
 
 
 def test_unreadable_lines_in_between_are_counted(make_run):

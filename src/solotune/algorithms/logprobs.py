@@ -95,8 +95,9 @@ def _inspect_head(logits_of: LogitsOf, hidden_NH: Tensor) -> tuple[int, bool]:
     Asked with no rows at all, so it costs nothing. The answer comes from the recorded graph, not from the caller: a
     trainable parameter that was forgotten would get no gradient, without an error.
     """
-    no_hidden = hidden_NH.new_zeros((0, hidden_NH.shape[1])).requires_grad_(torch.is_grad_enabled())
-    no_logits = logits_of(no_hidden)
+    no_hidden = hidden_NH.new_zeros((0, hidden_NH.shape[1])).requires_grad_()
+    with torch.enable_grad():
+        no_logits = logits_of(no_hidden)
     if no_logits.ndim != 2 or no_logits.shape[0] != 0:
         raise ShapeError(f"logits_of gave {tuple(no_logits.shape)} for hidden states (0, H); it must give (0, V)")
     nodes, seen = [no_logits.grad_fn], set()
@@ -190,11 +191,18 @@ def _with_trainable_head(
     def of_chunk(rows_cH: Tensor, targets_c: Tensor) -> tuple[Tensor, Tensor | None]:
         logits_cV = logits_of(rows_cH)
         logits_cV = logits_cV if logits_cV.dtype == torch.float64 else logits_cV.float()
-        all_logprobs_cV = torch.log_softmax(logits_cV if temperature == 1.0 else logits_cV / temperature, dim=1)
-        logprobs_c = all_logprobs_cV.gather(1, targets_c[:, None])[:, 0]
-        with torch.no_grad():
-            entropies_c = torch.einsum("cv,cv->c", all_logprobs_cV.exp(), all_logprobs_cV).neg()
-        return logprobs_c, entropies_c if want_entropy else None
+        # The same operations as in _sweep, so that both paths give the same bits.
+        shifts_c1 = logits_cV.detach().amax(dim=1, keepdim=True) / -temperature
+        weights_cV = torch.add(shifts_c1, logits_cV, alpha=1 / temperature).exp()
+        totals_c1 = weights_cV.sum(dim=1, keepdim=True)
+        logsumexp_c1 = totals_c1.log() - shifts_c1
+        logprobs_c = (logits_cV.gather(1, targets_c[:, None]) / temperature - logsumexp_c1)[:, 0]
+        entropies_c = None
+        if want_entropy:
+            with torch.no_grad():
+                mean_logits_c1 = torch.einsum("cv,cv->c", weights_cV, logits_cV)[:, None] / totals_c1
+                entropies_c = (logsumexp_c1 - mean_logits_c1 / temperature)[:, 0]
+        return logprobs_c, entropies_c
 
     logprobs, entropies = [], []
     for rows_cH, targets_c in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True):
