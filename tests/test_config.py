@@ -75,6 +75,12 @@ def test_what_is_no_number_in_range_is_refused(value):
         PPOConfig(gamma=value)
 
 
+@pytest.mark.parametrize("name", ["horizon", "init_kl_coef", "vf_coef", "ref_mean"])
+def test_numbers_are_finite(name):
+    with pytest.raises(ConfigError, match=rf"method\.{name} = inf: must be a finite number"):
+        PPOConfig(**{name: float("inf")})
+
+
 def test_names_of_optimizers_and_schedulers_ignore_case_and_are_checked():
     assert OptimizerConfig("AdamW_8bit_BNB").name == "adamw_8bit_bnb"
     assert SchedulerConfig("Linear").name == "linear"

@@ -272,7 +272,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Text with line ends other than \\n in double quotes, where they are escaped: bare, YAML folds them into spaces."""
+    """Text with line ends other than \\n in double quotes, which escape them; bare, YAML folds them into spaces."""
     style = '"' if any(end in text for end in ("\r", "\x85", "\u2028", "\u2029")) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

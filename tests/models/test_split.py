@@ -47,7 +47,13 @@ def rollouts_of(policy, lengths=(10, 7, 5, 10), steps=8, eos=(), **settings):
     ids, mask = prompts(lengths)
     uniforms = row_uniforms(0, 0, range(len(lengths)), steps)
     return policy(
-        "sample", ids, mask, torch.arange(len(lengths)), uniforms, SamplingSettings(steps, eos_token_ids=eos, **settings), PAD
+        "sample",
+        ids,
+        mask,
+        torch.arange(len(lengths)),
+        uniforms,
+        SamplingSettings(steps, eos_token_ids=eos, **settings),
+        PAD,
     )
 
 
@@ -166,9 +172,18 @@ def test_the_reference_never_moves_and_the_frozen_part_neither(tiny_folder, arch
 
 @EVERY
 def test_all_dropout_is_off_in_training_mode(architecture):
-    rates = {"dropout": 0.5, "attention_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5, "hidden_dropout": 0.5}
+    rates = {
+        "dropout": 0.5,
+        "attention_dropout": 0.5,
+        "resid_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+        "hidden_dropout": 0.5,
+    }
     lm = tiny_lm(architecture, **rates)
-    target = "query_key_value" if architecture in ("gpt_neox", "bloom") else "c_attn" if architecture == "gpt2" else "q_proj"
+    target = (
+        "query_key_value" if architecture in ("gpt_neox", "bloom") else "c_attn" if architecture == "gpt2" else "q_proj"
+    )
     backbone = get_peft_model(lm, LoraConfig(target_modules=[target], lora_dropout=0.5, init_lora_weights=False))
     switch_off_dropout(backbone)
     backbone.train()
@@ -198,7 +213,9 @@ def test_the_split_lies_below_the_lowest_trained_tensor(architecture):
 def test_gradient_checkpointing_changes_memory_and_not_the_gradient(tiny_folder):
     gradients = []
     for checkpointing in (False, True):
-        config = tiny_ppo_config(tiny_folder, model=KINDS["last 2 blocks"], train={"gradient_checkpointing": checkpointing})
+        config = tiny_ppo_config(
+            tiny_folder, model=KINDS["last 2 blocks"], train={"gradient_checkpointing": checkpointing}
+        )
         config.model.model_path = tiny_lm("llama")
         policy = build_policy(config)
         torch.manual_seed(3)
@@ -225,8 +242,14 @@ def test_a_new_critic_says_zero(tiny_folder):
     ("model", "message"),
     [
         ({"num_layers_unfrozen": 5, "delta_kwargs": None}, r"num_layers_unfrozen is 5.*4 blocks"),
-        ({"delta_kwargs": {"delta_type": "lora", "modified_modules": ["self_attn.query"]}}, r"'self_attn.query' is no linear"),
-        ({"delta_kwargs": None, "peft_config": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}}, "allowed is LORA"),
+        (
+            {"delta_kwargs": {"delta_type": "lora", "modified_modules": ["self_attn.query"]}},
+            r"'self_attn.query' is no linear",
+        ),
+        (
+            {"delta_kwargs": None, "peft_config": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}},
+            "allowed is LORA",
+        ),
         ({"delta_kwargs": None, "peft_config": {"peft_type": "LORA", "target_modules": ["nothing"]}}, "does not fit"),
         (
             {"delta_kwargs": None, "peft_config": {"peft_type": "LORA", "target_modules": ["q_proj"], "bias": "all"}},

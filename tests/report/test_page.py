@@ -131,7 +131,7 @@ def test_hostile_texts_stay_texts_everywhere(make_run, rewrite):
     # prompt, 4 x before and after, model, seed, tree, config, phase
     assert page.text.count("<script>alert(1)</script></pre></td></table><img src=x onerror=alert(1)>{{ 7*7 }}") == 14
     assert "49" not in re.sub(r"[\d.,]{3,}", "", page.text)
-    assert "␛[31mred␛[0m␀\\u202eevil\\u2066 [red]markup[/red] \\ud800" in page.text
+    assert "\\x1b[31mred\\x1b[0m\\x00\\u202eevil\\u2066 [red]markup[/red] \\ud800" in page.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
 
 
@@ -193,6 +193,7 @@ def test_running_or_crashed_run_says_so_and_shows_what_there_is(make_run):
     assert "summary.json is missing" in page.text
     assert "4 min 58 s in rounds, so far" in page.text  # 25 x 11.9 s
     assert "Reward 0." in page.text
+    assert "Sum of the rounds so far" in page.text
 
 
 def test_damaged_summary_is_said(make_run):

@@ -24,7 +24,7 @@ def test_markup_and_escapes_are_shown_not_obeyed():
     out = printed(
         before_after_table([record(hostile, hostile, 0.1)], [record(hostile, hostile, 0.9)], rows=1), width=400
     )
-    assert out.count("[red]not red[/red] [link=file:///x]l[/link] ␛[31mraw␇ \\u202eright") == 3
+    assert out.count("[red]not red[/red] [link=file:///x]l[/link] \\x1b[31mraw\\x07 \\u202eright") == 3
     assert "\x1b[31mraw" not in out
     assert "\x07" not in out
 

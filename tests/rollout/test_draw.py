@@ -23,7 +23,9 @@ def test_frequencies_are_the_softmax(vocabulary):
         assert (frequencies(logits, temperature=temperature) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.5}, {"top_k": 5000}, {"top_p": 1e-6}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.5}, {"top_k": 5000}, {"top_p": 1e-6}]
+)
 def test_top_k_and_top_p_keep_what_transformers_keeps(options):
     logits = torch.randn(1, 301) * 2
     kept = TemperatureLogitsWarper(0.8)(None, logits)
@@ -78,5 +80,5 @@ def test_a_rows_numbers_depend_on_seed_stream_and_row_alone():
     for other in (row_uniforms(6, 0, range(10), 8), row_uniforms(5, 1, range(10), 8), numbers.flip(0)):
         assert (other - numbers).abs().min() > 0
     assert len(numbers.unique()) == numbers.numel()
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1

@@ -31,7 +31,12 @@ def test_greedy_output_is_transformers_own_token_for_token(architecture):
     lm = tiny_lm(architecture)
     ids, mask = prompts()
     expected = lm.generate(
-        input_ids=ids, attention_mask=mask.long(), max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=PAD
+        input_ids=ids,
+        attention_mask=mask.long(),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=PAD,
     )[:, ids.shape[1] :]
     assert torch.equal(run(lm, ids, mask, do_sample=False).response_ids_NT, expected)
 
@@ -44,11 +49,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_while_the_batch_shrinks(arc
     together = run(lm, ids, mask, uniforms, eos_token_ids=tuple(range(25)))
     assert together.response_mask_NT.sum(-1).min() < STEPS / 2 < together.response_mask_NT.sum(-1).max()
     for row in range(16):
-        alone = run(lm, ids[row : row + 1], mask[row : row + 1], uniforms[row : row + 1], eos_token_ids=tuple(range(25)))
+        alone = run(
+            lm, ids[row : row + 1], mask[row : row + 1], uniforms[row : row + 1], eos_token_ids=tuple(range(25))
+        )
         width = alone.response_ids_NT.shape[1]
         assert torch.equal(alone.response_ids_NT[0], together.response_ids_NT[row, :width])
         assert not together.response_mask_NT[row, width:].any()
-        torch.testing.assert_close(alone.sample_logprobs_NT[0], together.sample_logprobs_NT[row, :width], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            alone.sample_logprobs_NT[0], together.sample_logprobs_NT[row, :width], atol=1e-5, rtol=0
+        )
 
 
 def test_sampled_frequencies_are_the_models_softmax():
@@ -113,7 +122,10 @@ def test_parts_join_at_a_common_padding():
     lm = tiny_lm()
     ids, mask = prompts((10, 4))
     uniforms = row_uniforms(0, 0, range(2), STEPS)
-    parts = [run(lm, ids[:1], mask[:1], uniforms[:1]), run(lm, ids[1:, 6:], mask[1:, 6:], uniforms[1:], eos_token_ids=tuple(range(150)))]
+    parts = [
+        run(lm, ids[:1], mask[:1], uniforms[:1]),
+        run(lm, ids[1:, 6:], mask[1:, 6:], uniforms[1:], eos_token_ids=tuple(range(150))),
+    ]
     joined = concatenate(parts, PAD)
     assert joined.prompt_ids_NP[1].tolist() == ids[1].tolist()
     assert [joined.response_tokens(row) for row in (0, 1)] == [part.response_tokens(0) for part in parts]

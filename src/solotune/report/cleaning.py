@@ -10,8 +10,8 @@ ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 def visible(text: object) -> str:
     """The text with control, bidi, zero-width and lone surrogate characters written out, newline and tab kept.
 
-    A terminal escape becomes a picture (`␛[31m`), a bidi override its code (`\\u202e`). The result can be encoded as
-    UTF-8. It is not yet escaped for HTML or rich markup: that is the template's and rich.text.Text's work.
+    A terminal escape becomes `\\x1b[31m`, a bidi override `\\u202e`, as Python would write them. The result can be
+    encoded as UTF-8. It is not yet escaped for HTML or rich markup: that is the template's and rich.text.Text's work.
     """
     return "".join(character if _is_plain(character) else _written_out(character) for character in str(text))
 
@@ -27,8 +27,6 @@ def _is_plain(character: str) -> bool:
 
 def _written_out(character: str) -> str:
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)  # Unicode's control pictures
-    if code == 0x7F:
-        return "␡"
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -67,6 +67,7 @@ def write_report(run_dir: Path) -> Path:
         headlines=_headlines(run),
         figures=_figures(run),
         phases=_phases(run),
+        is_finished="seconds_by_phase" in run.summary,
         shown=shown,
         shown_rows=sum(len(group) for group in shown.values()),
         pairs=len(pairs),

@@ -29,6 +29,12 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) 
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's, or 0 where it has none (what is padded is masked)."""
+    pad_id = tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) else 0
+
+
 def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Batches of indices, shortest texts first, so that little is padding: at most `max_tokens` a batch, padding
     included, and at least one text."""
@@ -50,22 +56,22 @@ def logits(
     max_length: int,
     batch_size: int,
 ) -> Tensor:
-    """Logits (N, L) in float32 on the CPU, in the order of `texts`; `batch_size` counts texts of `max_length` tokens.
+    """Logits (N, L) in float32 on the CPU, in the order of `texts`, read in batches by length.
 
-    One pass in evaluation mode and one copy to the host. The model's mode is restored.
+    A batch has as many tokens as `batch_size` of the longest texts, so more texts where they are shorter.
+    One pass in evaluation mode, whatever the model's mode, and one copy to the host.
     """
     rows = tokenize(texts, tokenizer, max_length)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     was_training = model.training
     model.eval()
     order: list[int] = []
     parts: list[Tensor] = []
-    for batch in by_length([len(row) for row in rows], batch_size * max_length):
+    for batch in by_length([len(row) for row in rows], batch_size * max(map(len, rows), default=0)):
         order += batch
-        parts.append(model(**pad([rows[i] for i in batch], pad_id, model.device)).logits.float())
+        parts.append(model(**pad([rows[i] for i in batch], pad_id_of(tokenizer), model.device)).logits.float())
     model.train(was_training)
     if not parts:
-        return torch.empty(0, model.config.num_labels)
+        return torch.empty(0, model.config.num_labels or 1)
     out_NL = torch.cat(parts)
     result_NL = torch.empty_like(out_NL)
     result_NL[torch.tensor(order, device=out_NL.device)] = out_NL

@@ -18,7 +18,9 @@ class PreallocatedLayer(DynamicLayer):
         self._length = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
             self._buffers = (self._empty(key_states), self._empty(value_states))
             self.is_initialized = True

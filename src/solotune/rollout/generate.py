@@ -64,7 +64,9 @@ def generate(
                 **settings.other,
             )
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"method.gen_kwargs: transformers.generate refused {settings.other!r}: {error}") from error
+            raise ConfigError(
+                f"method.gen_kwargs: transformers.generate refused {settings.other!r}: {error}"
+            ) from error
     if len(sequences_BS) != n_rows:
         raise ConfigError(
             f"method.gen_kwargs {settings.other!r} gave {len(sequences_BS)} responses for {n_rows} prompts; allowed is one "

@@ -80,7 +80,9 @@ def sample(
             if trunk_BSH is None:
                 trunk_BSH = trunk_btH.new_zeros(n_rows, width_P + steps - 1, trunk_btH.shape[-1])
             trunk_BSH[rows_b, first:last] = trunk_btH
-        drawn = _choose(logits_bV, uniforms_BT[rows_b, step], settings, eos_E if step < settings.min_new_tokens else None)
+        drawn = _choose(
+            logits_bV, uniforms_BT[rows_b, step], settings, eos_E if step < settings.min_new_tokens else None
+        )
         running_b = finish_B[rows_b] == FinishReason.LENGTH
         tokens_b = torch.where(running_b, drawn.tokens_B, pad_token_id)
         response_ids_BT[rows_b, step] = tokens_b

@@ -1,7 +1,7 @@
 """Saving and restoring everything a run needs to go on: safetensors and JSON, never pickle.
 
-    checkpoints/step_000400/  tensors.safetensors   trained tensors, optimizer state, torch's random state
-                              state.json            round, step, controller, moments, schedule, Python's and NumPy's random state
+checkpoints/step_000400/  tensors.safetensors   trained tensors, optimizer state, torch's random state
+                          state.json            round, step, controller, moments, schedule, Python's and NumPy's random state
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if shapes != {name: tuple(p.shape) for name, p in trained.items()}:
-        differing = sorted(set(shapes) ^ set(trained)) or sorted(n for n in shapes if shapes[n] != tuple(trained[n].shape))
+        differing = sorted(set(shapes) ^ set(trained)) or sorted(
+            n for n in shapes if shapes[n] != tuple(trained[n].shape)
+        )
         raise ConfigError(
             f"checkpoint {str(path)!r} does not fit the model of this recipe: {len(differing)} trained tensors differ, "
             f"such as {differing[0]!r}; resume with the recipe it was made with"

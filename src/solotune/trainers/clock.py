@@ -38,6 +38,12 @@ class Clock:
         """Seconds since the run began."""
         return time.perf_counter() - self._started
 
+    def continue_from(self, seconds_by_phase: dict[str, float]) -> None:
+        """Add what a run had spent before it was interrupted."""
+        for name, seconds in seconds_by_phase.items():
+            self.total[name] += seconds
+            self._started -= seconds
+
     def end_round(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""
         seconds = dict(self.round)

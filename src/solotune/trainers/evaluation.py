@@ -82,7 +82,9 @@ def _metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> l
     for name, values in named.items():
         column = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
         if len(column) not in (1, n):
-            raise RewardError(f"metric_fn returned {len(column)} values for {name!r}; allowed are {n}, one a sample, or 1")
+            raise RewardError(
+                f"metric_fn returned {len(column)} values for {name!r}; allowed are {n}, one a sample, or 1"
+            )
         columns[name] = column * n if len(column) == 1 else column
     return [{name: column[row] for name, column in columns.items()} for row in range(n)]
 

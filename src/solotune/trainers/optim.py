@@ -34,10 +34,14 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
         try:
             import bitsandbytes as bnb  # type: ignore[import-not-found]
         except ImportError as error:
-            raise MissingExtraError(f"optimizer.name {config.name!r} needs bitsandbytes: pip install 'solotune[quant]'") from error
+            raise MissingExtraError(
+                f"optimizer.name {config.name!r} needs bitsandbytes: pip install 'solotune[quant]'"
+            ) from error
         return (bnb.optim.AdamW8bit if name == "adamw_8bit_bnb" else bnb.optim.Adam8bit)(parameters, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.kwargs {config.kwargs!r} do not fit optimizer.name {config.name!r}: {error}") from error
+        raise ConfigError(
+            f"optimizer.kwargs {config.kwargs!r} do not fit optimizer.name {config.name!r}: {error}"
+        ) from error
 
 
 def build_scheduler(config: SchedulerConfig, optimizer: Optimizer) -> LRScheduler:
@@ -55,4 +59,6 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer) -> LRSchedule
             case _:
                 return LambdaLR(optimizer, lambda step: 1.0)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"scheduler.kwargs {config.kwargs!r} do not fit scheduler.name {config.name!r}: {error}") from error
+        raise ConfigError(
+            f"scheduler.kwargs {config.kwargs!r} do not fit scheduler.name {config.name!r}: {error}"
+        ) from error

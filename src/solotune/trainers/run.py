@@ -17,7 +17,7 @@ from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConf
 from solotune.data.prompts import Prompts, load_eval_prompts, load_prompts
 from solotune.errors import ConfigError, NotYetError
 from solotune.models.loading import load_tokenizer, versions
-from solotune.models.tree import parameter_tree
+from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
 from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
@@ -80,7 +80,9 @@ def train(
         ConfigError: neither a reward function nor samples.
     """
     if dataset is not None or samples is not None or rewards is not None:
-        raise NotYetError("training on given samples (ILQL, SFT) is not there yet; give reward_fn= and prompts= for PPO")
+        raise NotYetError(
+            "training on given samples (ILQL, SFT) is not there yet; give reward_fn= and prompts= for PPO"
+        )
     if reward_fn is None:
         raise ConfigError("train() got neither reward_fn nor samples; PPO needs reward_fn=, a function of samples")
     if config is None:
@@ -101,7 +103,17 @@ def train(
     out = Path(config.train.checkpoint_dir) / name
     resume = config.train.resume_from_checkpoint is not None
     return _run(
-        config, None, reward_fn, given, given_eval, out, resume, accelerator, Clock(accelerator.device), metric_fn, stop_sequences
+        config,
+        None,
+        reward_fn,
+        given,
+        given_eval,
+        out,
+        resume,
+        accelerator,
+        Clock(accelerator.device),
+        metric_fn,
+        stop_sequences,
     )
 
 
@@ -124,13 +136,23 @@ def _run(
     accelerator.wait_for_everyone()
     set_seed(config.train.seed)
     trainer = PPOTrainer(
-        config, reward_fn, prompts, eval_prompts, run, metric_fn, stop_sequences, accelerator=accelerator, clock=clock
+        config,
+        reward_fn,
+        prompts,
+        eval_prompts,
+        run=run,
+        metric_fn=metric_fn,
+        stop_sequences=stop_sequences,
+        accelerator=accelerator,
+        clock=clock,
     )
     if main:
         saved = recipe or _as_recipe(config, prompts, eval_prompts)
         saved.save_yaml(out / "config.yaml", versions())
         tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
-        console.print(f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False)
+        console.print(
+            f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False
+        )
     if config.train.tracker is not None:
         accelerator.init_trackers(config.train.project_name, config=_flat(config.to_dict()))
     trainer.learn(start_from)
@@ -173,7 +195,7 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
     console.print(before_after_table(before.samples, after.samples, rows=8))
     console.print(
         f"reward {before.reward:.3f} -> {after.reward:.3f}, KL {after.kl:.2f} nats a response, "
-        f"{summary['wall_seconds']:.0f} s, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB; see {page}",
+        f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; see {page}",
         highlight=False,
     )
 
@@ -224,5 +246,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, (int, float, str, bool)) else json.dumps(value, default=str)
+            )
     return flat

@@ -1,0 +1,273 @@
+"""What every trainer shares: model, optimizer, evaluation, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from solotune.data.prompts import Prompts, encode
+from solotune.errors import ModelError
+from solotune.models.loading import build_policy, load_tokenizer
+from solotune.models.policy import PolicyModel
+from solotune.rewards import score
+from solotune.rollout.settings import SamplingSettings
+from solotune.trainers import checkpoint
+from solotune.trainers.clock import Clock, peak_memory_bytes
+from solotune.trainers.console import console, round_progress
+from solotune.trainers.evaluation import Evaluation, evaluate
+from solotune.trainers.optim import build_optimizer, build_scheduler
+from solotune.trainers.order import Stream
+from solotune.trainers.run_folder import RunFolder
+from solotune.trainers.sampling import PromptSampler, Texts
+
+if TYPE_CHECKING:
+    from solotune.config import StepPlan, TRLConfig
+
+PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
+
+
+class Trainer(ABC):
+    """The loop around a method's rounds.
+
+    A method gives `train_round`, which ends with `tell`, and adds what it has to remember to `state` and `load_state`.
+
+    Args:
+        config: trlX's configuration.
+        plan: how many rounds and steps.
+        reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and the prompts' metadata that it
+            takes; a number per sample, or a list of numbers per sample, one a response token.
+        eval_prompts: what is continued at every evaluation.
+        longest_response: tokens a response has at most, in rollouts or evaluations.
+        run: where files go; None writes none.
+        metric_fn: called at every evaluation with samples, prompts, outputs and metadata; a dict of named numbers.
+        stop_sequences: texts that end a response and are cut off it.
+        prompts: the training prompts, checked before weights are loaded.
+        accelerator: default a new one.
+        clock: phases are counted here, default a clock that starts now.
+    Raises:
+        ConfigError, DataError, ModelError: before weights are loaded where that can be told.
+    """
+
+    def __init__(
+        self,
+        config: TRLConfig,
+        plan: StepPlan,
+        reward_fn: Callable[..., Any],
+        eval_prompts: Prompts,
+        longest_response: int,
+        run: RunFolder | None = None,
+        metric_fn: Callable[..., dict[str, Any]] | None = None,
+        stop_sequences: Sequence[str] = (),
+        prompts: Prompts | None = None,
+        accelerator: Accelerator | None = None,
+        clock: Clock | None = None,
+    ):
+        self.config, self.plan = config, plan
+        self.reward_fn, self.metric_fn, self.run = reward_fn, metric_fn, run
+        self.accelerator = accelerator or Accelerator()
+        self.device = self.accelerator.device
+        self.clock = clock or Clock(self.device)
+
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self._room = config.train.seq_length - longest_response
+        prompt_ids = [] if prompts is None else self._encode(prompts)
+        eval_ids = self._encode(eval_prompts)
+        with self.clock.phase("load"):
+            policy = build_policy(config, self.device)
+        self._check_vocabulary(policy)
+        self.parameters = policy.trainable_parameters()
+        optimizer = build_optimizer(config.optimizer, self.parameters)
+        self.scheduler = build_scheduler(config.scheduler, optimizer)
+        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+
+        self._eos, self._stops = _eos_token_ids(policy, self.tokenizer), list(stop_sequences)
+        self.eval_settings = self.settings(config.method.gen_kwargs)
+        self._sample_eval = self.sampler(eval_prompts, eval_ids, Stream.EVALUATION)
+        if prompts is not None:
+            self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
+        self.n_eval_prompts = len(eval_prompts)
+        self.rounds_done = 0
+        self.steps_done = 0
+        self.rollout_tokens = 0.0
+        self.first_evaluation: Evaluation | None = None
+        self.last_evaluation: Evaluation | None = None
+        self.best_reward = -math.inf
+
+    @abstractmethod
+    def train_round(self) -> dict[str, Any]:
+        """One round; returns its metrics."""
+
+    def learn(self, resume_from: Path | None = None) -> None:
+        """Train for the planned rounds, evaluating before the first, at every `eval_interval` and at the end."""
+        self.say(self.plan.line)
+        if resume_from is not None:
+            self.load_state(checkpoint.restore(resume_from, self.model, self.optimizer.optimizer))
+            self.say(f"resumed from {resume_from} at round {self.rounds_done}, step {self.steps_done}")
+        else:
+            self.evaluate_and_record()
+        with round_progress(self.plan.rounds, self.rounds_done, self.accelerator.is_main_process) as progress:
+            while self.steps_done < self.plan.total_steps:
+                progress.advance(self.train_round())
+
+    def score(self, texts: Texts) -> list[Any]:
+        """The reward function's answer: a number or a list of numbers a sample."""
+        folder = self.run.path if self.run is not None else Path.cwd()
+        return score(
+            self.reward_fn,
+            texts.samples,
+            texts.prompts,
+            texts.outputs,
+            self.tokenizer,
+            texts.metadata,
+            failure_dir=folder,
+        )
+
+    def tell(self, metrics: dict[str, Any], first_step: int) -> None:
+        """Evaluate and save where an interval was crossed or the run is over; write the round's metrics."""
+        train = self.config.train
+        is_over = self.steps_done >= self.plan.total_steps
+        if is_over or self.steps_done // train.eval_interval > first_step // train.eval_interval:
+            self.evaluate_and_record()
+        seconds = self.clock.end_round()
+        tokens = metrics.pop("rollout/all_tokens")
+        self.rollout_tokens += tokens
+        metrics["rollout/tokens_per_second"] = tokens / max(seconds.get("sample", 0.0), 1e-9)
+        metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in PHASES}
+        metrics["time/round"] = sum(seconds.get(name, 0.0) for name in PHASES)
+        metrics["memory/peak_bytes"] = peak_memory_bytes(self.device)
+        if self.run is not None:
+            self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
+        self.accelerator.log(metrics, step=self.steps_done)
+        if is_over or self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval:
+            self.save_checkpoint()
+
+    def evaluate(self) -> Evaluation:
+        """Sample the evaluation prompts with the same random numbers as ever, and score them."""
+        with self.clock.phase("evaluate"):
+            return evaluate(
+                self.accelerator,
+                self.policy,
+                self._sample_eval,
+                self.n_eval_prompts,
+                self.eval_settings,
+                self.score,
+                self.metric_fn,
+                self.micro_batch,
+            )
+
+    def evaluate_and_record(self) -> Evaluation:
+        """Evaluate, append the samples to the run's file, keep the best model."""
+        evaluation = self.evaluate()
+        self.first_evaluation = self.first_evaluation or evaluation
+        self.last_evaluation = evaluation
+        if self.run is not None:
+            place = {"round": self.rounds_done, "step": self.steps_done}
+            self.run.append(self.run.samples, [{**place, **sample} for sample in evaluation.samples])
+        named = {"eval/reward": evaluation.reward, "eval/kl": evaluation.kl}
+        named |= {f"metrics/{name}": value for name, value in evaluation.metrics.items()}
+        self.accelerator.log(named, step=self.steps_done)
+        if evaluation.reward > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
+            self.best_reward = evaluation.reward
+            if self.run is not None:
+                self.save_pretrained(self.run.path / "best")
+        return evaluation
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter (or the whole model, where it was trained itself) and the tokenizer; PEFT or transformers
+        load it without solotune."""
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(Path(folder))
+            self.tokenizer.save_pretrained(folder)
+
+    def save_checkpoint(self) -> None:
+        """Save what resuming needs, at the end of a round."""
+        self.accelerator.wait_for_everyone()
+        if self.run is not None and self.accelerator.is_main_process:
+            checkpoint.save(self.run.checkpoints, self.steps_done, self.model, self.optimizer.optimizer, self.state())
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """`transformers.generate` of the tuned model, with the configuration's `gen_kwargs` where none are given."""
+        options = {**self.method.gen_kwargs, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
+        return self.model.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[operator]
+
+    @property
+    def model(self) -> PolicyModel:
+        """The policy without what `accelerate` wrapped around it."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    def settings(self, gen_kwargs: dict[str, Any]) -> SamplingSettings:
+        """How to sample, with the model's and tokenizer's EOS unless `gen_kwargs` name others."""
+        return SamplingSettings.from_gen_kwargs(gen_kwargs, self._eos, self._stops)
+
+    def sampler(self, prompts: Prompts, prompt_ids: list[list[int]], stream: Stream) -> PromptSampler:
+        """A sampler over these prompts with random numbers of its own."""
+        chunk_size = getattr(self.config.method, "chunk_size", self.config.train.batch_size)
+        seed = self.config.train.seed
+        return PromptSampler(self.policy, self.tokenizer, prompts, prompt_ids, seed, stream, chunk_size, self.device)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, JSON."""
+        first = self.first_evaluation
+        return {
+            "round": self.rounds_done,
+            "best_reward": self.best_reward if math.isfinite(self.best_reward) else None,
+            "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if _is_json(value)},
+            "first_evaluation": first._asdict() if first is not None else None,
+            "rollout_tokens": self.rollout_tokens,
+            "seconds_by_phase": dict(self.clock.total),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; the run's files are cut back to it."""
+        self.rounds_done, self.steps_done = state["round"], state["step"]
+        self.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["first_evaluation"] is not None:
+            self.first_evaluation = self.last_evaluation = Evaluation(**state["first_evaluation"])
+        self.rollout_tokens = state["rollout_tokens"]
+        self.clock.continue_from(state["seconds_by_phase"])
+        if self.run is not None:
+            self.run.cut_after(self.rounds_done)
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, from one process."""
+        if self.accelerator.is_main_process:
+            console.print(line, highlight=False, markup=False)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one forward pass."""
+        return self.config.train.minibatch_size or self.config.train.batch_size
+
+    def sum_over_processes(self, x: Tensor) -> Tensor:
+        """The same tensor with the values of all processes added up."""
+        return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x  # type: ignore[return-value]
+
+    def _encode(self, prompts: Prompts) -> list[list[int]]:
+        return encode(prompts, self.tokenizer, self._room, self.config.tokenizer.add_special_tokens)
+
+    def _check_vocabulary(self, policy: PolicyModel) -> None:
+        embeddings = policy.lm.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) > embeddings:
+            raise ModelError(
+                f"tokenizer.tokenizer_path {self.config.tokenizer.tokenizer_path!r} has {len(self.tokenizer):,} tokens, "
+                f"but the model has embeddings for {embeddings:,}; use the model's own tokenizer"
+            )
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool, list, type(None)))
+
+
+def _eos_token_ids(policy: PolicyModel, tokenizer: Any) -> list[int]:
+    """The model's own end-of-sequence tokens and the tokenizer's."""
+    generation = getattr(policy.lm, "generation_config", None)
+    given = getattr(generation, "eos_token_id", None)
+    ids = given if isinstance(given, list) else [given]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
