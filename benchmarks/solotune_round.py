@@ -61,17 +61,8 @@ class WholeModel:
 
 
 class Rounds:
-    def __init__(self, shape: Shape, device: str, dtype: str, tokenizer_dir: str) -> None:
-        number_tokenizer(shape.vocabulary).save_pretrained(tokenizer_dir)
-        torch.manual_seed(0)
-        self._clock = RoundClock(shape, device)
-        self._trainer = PPOTrainer(
-            ppo_config(shape, dtype, tokenizer_dir),
-            reward_fn=trivial_reward,
-            prompts=random_prompts(shape.rollouts, shape),
-            eval_prompts=random_prompts(1, shape),  # never sampled
-            accelerator=Accelerator(cpu=device == "cpu"),
-        )
+    def __init__(self, trainer: PPOTrainer, clock: RoundClock) -> None:
+        self._trainer, self._clock = trainer, clock
 
     def play_round(self) -> dict[str, Any]:
         self._clock.start()
@@ -97,6 +88,18 @@ class Rounds:
         finally:
             trainer.policy = policy
         return {"seconds_per_full_update": median(seconds)}
+
+
+def build_trainer(shape: Shape, device: str, dtype: str, tokenizer_dir: str) -> PPOTrainer:
+    number_tokenizer(shape.vocabulary).save_pretrained(tokenizer_dir)
+    torch.manual_seed(0)
+    return PPOTrainer(
+        ppo_config(shape, dtype, tokenizer_dir),
+        reward_fn=trivial_reward,
+        prompts=random_prompts(shape.rollouts, shape),
+        eval_prompts=random_prompts(1, shape),  # never sampled
+        accelerator=Accelerator(cpu=device == "cpu"),
+    )
 
 
 def number_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -161,7 +164,7 @@ def main() -> None:
     worker = Worker()
     shape, device, dtype = arguments(__doc__ or "")
     with tempfile.TemporaryDirectory() as tokenizer_dir:
-        rounds = Rounds(shape, device, dtype, tokenizer_dir)
+        rounds = Rounds(build_trainer(shape, device, dtype, tokenizer_dir), RoundClock(shape, device))
         worker.answer(
             {
                 "name": "solotune",

@@ -1,14 +1,19 @@
-"""The benchmark's contract: one JSON object on stdout, with the promised keys, and times that add up."""
+"""The benchmark: one JSON object on stdout, the promised keys, times that add up, the same work on every side."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "ppo_round.py"
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCHMARK = REPOSITORY / "benchmarks" / "ppo_round.py"
+PEERS = Path(os.environ.get("SOLOTUNE_PEERS") or REPOSITORY / ".venv-peers")
 PROMISED = {
     "shape",
     "device",
@@ -35,23 +40,52 @@ def result() -> dict:
     return json.loads(finished.stdout)  # fails when anything else stands on stdout
 
 
+@pytest.fixture
+def solotune_round(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    return importlib.import_module("solotune_round")
+
+
 def test_has_every_promised_key(result: dict) -> None:
-    assert PROMISED | {"seconds_per_full_update", "seconds_of_matrix_products"} <= result.keys()
+    assert result.keys() >= PROMISED | {"seconds_per_full_update", "seconds_of_matrix_products"}
     assert result["seconds_by_phase"].keys() == PHASES
 
 
 def test_phases_make_up_the_round(result: dict) -> None:
-    assert all(seconds > 0 for seconds in result["seconds_by_phase"].values())
-    assert 0.5 * result["seconds_per_round"] < sum(result["seconds_by_phase"].values())
-    assert sum(result["seconds_by_phase"].values()) < 1.5 * result["seconds_per_round"]
+    phases = result["seconds_by_phase"].values()  # medians of two rounds are means, so they add up
+    assert all(seconds > 0 for seconds in phases)
+    assert 0.7 * result["seconds_per_round"] < sum(phases) <= result["seconds_per_round"]
 
 
 def test_numbers_are_in_the_units_they_are_named_after(result: dict) -> None:
     tokens = 8 * 6  # tiny: 8 rollouts of 6 tokens
+    updates = 4 * 2  # 4 epochs of 2 batches
     assert result["tokens_per_second"] * result["seconds_per_round"] == pytest.approx(tokens)
-    updates = 16 // 2  # tiny: 4 epochs of 2 batches
-    assert result["seconds_per_update"] * updates == pytest.approx(result["seconds_by_phase"]["update"], rel=0.5)
+    assert result["seconds_per_update"] * updates == pytest.approx(result["seconds_by_phase"]["update"])
     assert 50e6 < result["peak_memory_bytes"] < 4e9  # torch alone is above the one, a tiny model below the other
+
+
+@pytest.mark.skipif(not (PEERS / "trl").exists(), reason=f"no environment of TRL in {PEERS / 'trl'}")
+def test_peer_reports_the_same_keys() -> None:
+    finished = run("--shape", "tiny", "--rounds", "1", "--peer", "trl", "--json")
+    assert finished.returncode == 0, finished.stderr
+    both = json.loads(finished.stdout)
+    assert both["peer"].keys() >= PROMISED
+    assert both["peer"]["seconds_by_phase"].keys() == PHASES
+    assert both["ratio"] == pytest.approx(both["peer"]["seconds_per_round"] / both["seconds_per_round"])
+
+
+def test_full_update_learns_from_the_same_numbers_as_ours(solotune_round: ModuleType, tmp_path: Path) -> None:
+    shape = importlib.import_module("shapes").SHAPES["tiny"]
+    trainer = solotune_round.build_trainer(shape, "cpu", "float32", str(tmp_path))
+    trainer.train_round()  # moves the adapter away from zero, where it would not be seen
+    rollouts = trainer.sample_rollouts()
+    assert rollouts.response_ids_NT.shape == (shape.rollouts, shape.new_tokens)
+    assert rollouts.response_mask_NT.all()  # nothing ends early, whatever is drawn
+    ours = trainer.policy("update", rollouts, 1.0)
+    whole = solotune_round.WholeModel(trainer.model)("update", rollouts, 1.0)
+    torch.testing.assert_close(whole.logprobs_bT, ours.logprobs_bT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.values_bT, ours.values_bT, atol=1e-5, rtol=0)
 
 
 def test_rollouts_that_do_not_divide_are_refused_with_a_number_that_works() -> None:

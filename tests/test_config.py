@@ -211,6 +211,9 @@ def test_contradictions_after_assignment_are_found_by_check():
     config.method.num_rollouts = 48
     config.method.chunk_size = 48
     config.check()
+    config.train.minibatch_size = 7
+    with pytest.raises(ConfigError, match="minibatch_size"):
+        config.check()
     with pytest.raises(ConfigError, match=r"train\.batch_size = 'x'"):
         config.train.batch_size = "x"
     assert config.train.batch_size == 24

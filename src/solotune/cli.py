@@ -16,7 +16,7 @@ RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] /
 
 
 class _Group(TyperGroup):
-    """Says an error that is meant for the person in one message without a traceback; Ctrl-C exits with 130."""
+    """Says an error that is meant for the person in one message without a traceback."""
 
     def invoke(self, ctx: typer.Context) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
@@ -24,9 +24,6 @@ class _Group(TyperGroup):
         except SolotuneError as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-        except KeyboardInterrupt:
-            typer.secho("stopped", err=True)
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

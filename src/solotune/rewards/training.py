@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 
 from solotune.data.assets import build_once, cache_dir
 from solotune.data.ratings import Pairs, Ratings, Split, load_feedback, split
-from solotune.errors import ConfigError, ModelError
+from solotune.errors import ConfigError, DataError, ModelError
 from solotune.rewards.base import fingerprint, load_base
 from solotune.rewards.batching import logits, pad, pad_id_of, tokenize
 from solotune.rewards.card import CARD_FILE, card_table, read_card, write_card
@@ -166,7 +166,7 @@ def _examples(
             better, worse = sorted((one, other), key=feedback.ratings.__getitem__, reverse=True)
             examples.append(Example((texts[better], texts[worse]), 1.0))
     if not examples:
-        raise ModelError("no two ratings differ, so there are no pairs to learn from")
+        raise DataError("no two ratings differ, so there are no pairs to learn from")
     return examples
 
 
