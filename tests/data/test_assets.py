@@ -5,6 +5,7 @@ import io
 import subprocess
 import tarfile
 import threading
+import time
 import zipfile
 
 import pytest
@@ -64,6 +65,7 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(tmp_path):
     assert [path.name for path in target.parent.iterdir()] in ([], [".asset.lock"])
     assert build_once(target, lambda folder: (folder / "whole").write_text("x") and None) == target
     assert [path.name for path in target.iterdir()] == ["whole"]
+    assert {path.name for path in target.parent.iterdir()} <= {"asset", ".asset.lock"}
 
 
 def test_of_several_that_want_an_asset_one_builds_it(tmp_path):
@@ -72,6 +74,7 @@ def test_of_several_that_want_an_asset_one_builds_it(tmp_path):
 
     def build(folder):
         built.append(folder)
+        time.sleep(0.1)  # the others come while it is being built
         (folder / "file").write_text("x")
 
     def want():

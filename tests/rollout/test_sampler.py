@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from solotune.errors import ConfigError
+from solotune.models.split import Decoder, Head
 from solotune.rollout.draw import row_uniforms
 from solotune.rollout.generate import generate
 from solotune.rollout.records import FinishReason, concatenate
@@ -23,7 +24,9 @@ def prompts(lengths=(10, 7, 5, 10)):
 def run(lm, ids, mask, uniforms=None, pad=PAD, find_stop=None, by=sample, **settings):
     uniforms = row_uniforms(0, 0, range(len(ids)), STEPS) if uniforms is None else uniforms
     chosen = SamplingSettings(**{"max_new_tokens": STEPS, **settings})
-    return by(lm, ids, mask, torch.arange(len(ids)), uniforms, chosen, pad, find_stop=find_stop)
+    decoder = Decoder(lm)
+    model = (decoder.module, Head(lm, decoder.name)) if by is sample else (lm,)
+    return by(*model, ids, mask, torch.arange(len(ids)), uniforms, chosen, pad, find_stop=find_stop)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -132,7 +132,7 @@ class PolicyModel(nn.Module):
     def _sample(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
         """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made."""
         with self._recording(keep_trunk) as take_trunk:
-            return sample(self.lm, *args, take_trunk=take_trunk, **kwargs)
+            return sample(self.decoder.module, self.head, *args, take_trunk=take_trunk, **kwargs)
 
     def _generate(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
         """`rollout.generate.generate` and one full pass for the trunk's output."""

@@ -12,8 +12,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from solotune.rollout.cache import SamplingCache
 from solotune.rollout.draw import Draw, draw, greedy
@@ -32,7 +31,8 @@ FindStop = Callable[[list[int]], bool]
 
 @torch.no_grad()
 def sample(
-    lm: PreTrainedModel,
+    decoder: nn.Module,
+    head: Callable[[Tensor], Tensor],
     prompt_ids_BP: Tensor,
     prompt_mask_BP: Tensor,
     prompt_index_B: Tensor,
@@ -45,7 +45,8 @@ def sample(
     """Sample one response a row.
 
     Args:
-        lm: a causal language model; the whole of it runs.
+        decoder: ids to hidden states after the final norm, with a cache; the whole of it runs.
+        head: hidden states (b, H) to logits (b, V).
         prompt_ids_BP: left-padded prompts.
         prompt_mask_BP: True on prompt tokens.
         prompt_index_B: which prompt each row answers, handed through.
@@ -65,9 +66,8 @@ def sample(
     uniforms_BT = uniforms_BT.to(device)
     trunk_BSH: Tensor | None = None
 
-    n_blocks = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
-    cache = SamplingCache(n_blocks, width_P + steps - 1)
-    forward = _Forward(lm, cache)
+    cache = SamplingCache(decoder.config.num_hidden_layers, width_P + steps - 1)  # type: ignore[union-attr,arg-type]
+    forward = _Forward(decoder, head, cache)
     rows_b = torch.arange(n_rows, device=device)  # the rows that are still in the batch
     mask_bS = torch.ones(n_rows, width_P + steps, dtype=torch.long, device=device)
     mask_bS[:, :width_P] = prompt_mask_BP
@@ -124,21 +124,17 @@ def sample(
 class _Forward:
     """One step of the model: logits of the last position, (b, V)."""
 
-    def __init__(self, lm: PreTrainedModel, cache: SamplingCache):
-        self._lm, self._cache = lm, cache
-        self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+    def __init__(self, decoder: nn.Module, head: Callable[[Tensor], Tensor], cache: SamplingCache):
+        self._decoder, self._head, self._cache = decoder, head, cache
+        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
 
     def __call__(self, ids_bt: Tensor, mask_bS: Tensor, positions_bt: Tensor) -> Tensor:
         positions = {"position_ids": positions_bt} if self._takes_positions else {}
-        output = self._lm(
-            input_ids=ids_bt,
-            attention_mask=mask_bS,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **positions,
+        output = self._decoder(
+            input_ids=ids_bt, attention_mask=mask_bS, past_key_values=self._cache, use_cache=True, **positions
         )
-        return output.logits[:, -1]
+        # Contiguous: on a CPU torch multiplies a strided (b, 1, H) by copying the head's weights b times.
+        return self._head(output.last_hidden_state[:, -1].contiguous())
 
 
 def _choose(logits_bV: Tensor, uniforms_b: Tensor, settings: SamplingSettings, excluded_E: Tensor | None) -> Draw:
