@@ -96,7 +96,7 @@ def save_tiny(folder: Path, architecture: str = "opt", **changes: object) -> Pat
 
 
 def tiny_ppo_config(folder: Path, **sections: dict) -> TRLConfig:
-    """PPO in a few milliseconds a round: 8 rollouts of 6 tokens, 2 epochs in batches of 4, LoRA on the last two blocks."""
+    """A round in milliseconds: 8 rollouts of 6 tokens, 2 epochs in batches of 4, LoRA on the last two blocks."""
     config = default_ppo_config().evolve(
         train={
             "seq_length": 32,

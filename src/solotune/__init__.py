@@ -1,8 +1,8 @@
 """Reinforcement learning from human feedback for language models on one GPU.
 
-    import solotune
+import solotune
 
-    solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in samples], prompts=["I like"])
+solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in samples], prompts=["I like"])
 """
 
 from importlib import import_module

@@ -49,7 +49,15 @@ def pairs(tmp_path):
 
 
 def settings(base, data, **changes):
-    usual = {"rating_min": 1, "rating_max": 5, "holdout": 50, "epochs": 5, "lr": 3e-3, "max_length": 16, "batch_size": 8}
+    usual = {
+        "rating_min": 1,
+        "rating_max": 5,
+        "holdout": 50,
+        "epochs": 5,
+        "lr": 3e-3,
+        "max_length": 16,
+        "batch_size": 8,
+    }
     return RewardTrainingConfig(base=base, data=data, **{**usual, **changes})
 
 
@@ -109,6 +117,20 @@ def test_the_folder_is_an_ordinary_one(encoder, ratings):
     logits = torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts]).detach()
     torch.testing.assert_close(score(cfg, texts, transform="none"), logits, atol=1e-4, rtol=1e-4)
     assert sorted(path.suffix for path in folder.iterdir() if path.suffix not in (".json", ".txt")) == [".safetensors"]
+
+
+def test_an_offset_without_room_in_the_head_is_kept_beside_it(encoder, decoder, pairs):
+    for base, has_bias in ((encoder, True), (decoder, False)):
+        cfg = settings(base, pairs, objective="pairs", epochs=1)
+        folder = train_reward_model(cfg)
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
+        logit = model(**tokenizer("a good film", return_tensors="pt")).logits[0, 0].item()
+        offset = card(folder)["offset"]
+        assert (offset == 0) == has_bias
+        assert score(cfg, ["a good film"], transform="none").item() == pytest.approx(logit + offset, abs=1e-5)
 
 
 def test_the_seed_decides_everything_and_the_callers_random_state_is_left_alone(encoder, ratings, tmp_path):

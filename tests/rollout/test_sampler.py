@@ -139,9 +139,14 @@ def test_arguments_the_sampler_does_not_know_go_to_transformers():
     ids, mask = prompts()
     rollouts = run(lm, ids, mask, by=generate, do_sample=False, other={"repetition_penalty": 5.0}, eos_token_ids=(3,))
     expected = lm.generate(
-        input_ids=ids, attention_mask=mask.long(), max_new_tokens=STEPS, do_sample=False, eos_token_id=3, pad_token_id=PAD,
+        input_ids=ids,
+        attention_mask=mask.long(),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=3,
+        pad_token_id=PAD,
         repetition_penalty=5.0,
-    )[:, ids.shape[1] :]  # fmt: skip
+    )[:, ids.shape[1] :]
     for row in range(4):
         tokens = rollouts.response_tokens(row)
         assert tokens == expected[row, : len(tokens)].tolist()

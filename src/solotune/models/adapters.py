@@ -76,8 +76,8 @@ def _from_peft(peft_config: dict[str, Any] | PeftConfig) -> LoraConfig:
         raise ModelError(f"model.peft_config: peft_type is {config.peft_type}; allowed is LORA")
     if config.bias != "none":
         raise ModelError(
-            f"model.peft_config: bias is {config.bias!r}; allowed is 'none' (PEFT does not switch trained biases off with "
-            "the adapter, so the reference model would move)"
+            f"model.peft_config: bias is {config.bias!r}; allowed is 'none' (PEFT does not switch trained biases off "
+            "with the adapter, so the reference model would move)"
         )
     return config
 
@@ -101,8 +101,8 @@ def _module_names(modules: str | list[str], decoder: Decoder) -> list[str]:
     for name in wanted:
         if not any(known == name or known.endswith("." + name) for known in names):
             raise ModelError(
-                f"model.delta_kwargs.modified_modules: {name!r} is no linear layer of a {type(decoder.blocks[-1]).__name__}; "
-                f"allowed are {', '.join(PRESETS)}, or any of {', '.join(names)}"
+                f"model.delta_kwargs.modified_modules: {name!r} is no linear layer of a "
+                f"{type(decoder.blocks[-1]).__name__}; allowed are {', '.join(PRESETS)}, or any of {', '.join(names)}"
             )
     return wanted
 

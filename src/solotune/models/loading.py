@@ -48,8 +48,10 @@ def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bo
     backbone: Any = lm
     if adapter is None:
         if model.num_layers_unfrozen == 0:
-            raise ModelError("model.num_layers_unfrozen is 0 and there is no LoRA: nothing would train; allowed are -1, "
-                             "1 or more blocks, or 0 with peft_config")  # fmt: skip
+            raise ModelError(
+                "model.num_layers_unfrozen is 0 and there is no LoRA: nothing would train; allowed are -1, 1 or more "
+                "blocks, or 0 with peft_config"
+            )
         select_trainable(decoder, model.num_layers_unfrozen)
     else:
         lm.requires_grad_(False)
@@ -90,16 +92,23 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
 
 
 def _dtype(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
-    """What the frozen weights are kept in: bf16 on CUDA, fp32 on a CPU, or what `model_extra_configs.dtype` says."""
+    """What the frozen weights are kept in: bf16 on CUDA, fp32 on a CPU, or what `model_extra_configs.dtype` says.
+
+    `bfloat16_if_native` is bf16 where the processor multiplies it in hardware: elsewhere it is emulated, far slower.
+    """
     given = model.model_extra_configs.get("dtype", model.model_extra_configs.get("torch_dtype"))
+    is_cuda = torch.device(device).type == "cuda"
     if given is None:
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return torch.bfloat16 if is_cuda else torch.float32
+    if given == "bfloat16_if_native":
+        return torch.bfloat16 if is_cuda or torch.cpu._is_avx512_bf16_supported() else torch.float32
     if isinstance(given, torch.dtype) or given == "auto":
         return given
     dtype = getattr(torch, str(given), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(
-            f"model.model_extra_configs.dtype is {given!r}; allowed are float32, bfloat16, float16 and auto"
+            f"model.model_extra_configs.dtype is {given!r}; allowed are float32, bfloat16, bfloat16_if_native, float16 "
+            "and auto"
         )
     return dtype
 
@@ -111,25 +120,25 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
     if isinstance(given, PretrainedConfig):
         lm = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
-        return lm.to(device)
+        return lm.to(torch.device(device))
     path = resolve(given)
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_load_failure(given, error)) from error
-    return lm.to(device)
+    return lm.to(torch.device(device))
 
 
 def _load_failure(path: str, error: Exception) -> str:
     reason = _first_line(error)
     if "safetensors" in str(error) and "model_type" not in str(error):
         return (
-            f"model.model_path {path!r} has no safetensors weights ({reason}); allowed are models in safetensors (pickled "
-            "weights can run code when they are read): convert it once with save_pretrained()"
+            f"model.model_path {path!r} has no safetensors weights ({reason}); allowed are models in safetensors "
+            "(pickled weights can run code when they are read): convert it once with save_pretrained()"
         )
     return (
-        f"model.model_path {path!r} cannot be loaded: {reason}. Allowed are a folder with config.json and safetensors, or a "
-        "model's name on the hub (HF_HUB_OFFLINE=1 allows only cached ones)"
+        f"model.model_path {path!r} cannot be loaded: {reason}. Allowed are a folder with config.json and safetensors, "
+        "or a model's name on the hub (HF_HUB_OFFLINE=1 allows only cached ones)"
     )
 
 

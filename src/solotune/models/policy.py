@@ -117,7 +117,7 @@ class PolicyModel(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a standard PEFT adapter, or the whole model where it was trained itself, as safetensors."""
-        self.backbone.save_pretrained(folder, safe_serialization=True)
+        self.backbone.save_pretrained(str(folder), safe_serialization=True)
 
     def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
         """Run one pass: `sample`, `generate`, `measure` or `update` (the methods of these names with an underscore)."""

@@ -1,6 +1,6 @@
 """The trunk/top split: a Hugging Face decoder resumed at block `start` by running its own forward.
 
-    tokens -> [ embeddings, blocks 0..start-1 ] -> trunk_BTH -> [ blocks start.., final norm ] -> hidden_BTH -> [ head ] -> logits
+    ids -> [ embeddings, blocks 0..start-1 ] -> trunk_BTH -> [ blocks start.., final norm ] -> hidden_BTH -> [ head ]
 
 Nothing is re-implemented per architecture. The top is a shallow copy of the decoder (same parameters, same forward)
 whose list of blocks is cut and whose first block takes the trunk's output in place of what the forward hands it. The
@@ -66,9 +66,9 @@ class Decoder:
         }
 
     def lowest_trainable_block(self) -> int:
-        """The lowest block that holds, or lies above, a trainable tensor; the number of blocks - 1 at the most.
+        """The lowest block that holds a trainable tensor; the last block where only what lies above it is trained.
 
-        A trainable tensor outside the blocks, the final norms and the LM head (embeddings, position embeddings) gives 0:
+        A trained tensor outside the blocks, the final norms and the LM head (embeddings, position embeddings) gives 0:
         everything depends on it. So does an LM head tied to the embeddings.
         """
         blocks, norms = self.blocks, self.final_norms
@@ -132,7 +132,7 @@ class Top:
         if start == 0:
             self._module = module
             return
-        own = list(blocks if blocks is not None else decoder.blocks[start:])
+        own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
         own[0] = _without_hooks(own[0])
         own[0].register_forward_pre_hook(self._replace, with_kwargs=True)
         self._module = _shallow_copy(module, {decoder.list_name: nn.ModuleList(own), **(norms or {})})
@@ -177,7 +177,7 @@ class Head:
             parent = lm.get_submodule(".".join(path[:depth]))
             replaced = _shallow_copy(parent, {path[depth]: replaced})
         self._lm = replaced
-        self._dtype = lm.get_output_embeddings().weight.dtype
+        self._dtype = next(lm.get_output_embeddings().parameters()).dtype
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of hidden states after the final norm, (N, H)."""

@@ -44,8 +44,9 @@ class PreallocatedLayer(DynamicLayer):
             for target, source in enumerate(rows.tolist()):
                 if target != source:
                     buffer[target, :, : self._length] = buffer[source, :, : self._length]
-        self._buffers = tuple(buffer[: len(rows)] for buffer in self._buffers)  # type: ignore[assignment]
-        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        keys, values = (buffer[: len(rows)] for buffer in self._buffers)
+        self._buffers = (keys, values)
+        self.keys, self.values = keys[:, :, : self._length], values[:, :, : self._length]
 
 
 class SamplingCache(Cache):

@@ -2,8 +2,8 @@
 
 The draw inverts the cumulative distribution function on two levels: the vocabulary is cut into blocks, a uniform
 number first falls into a block, then onto a token of it. That needs one pass over the vocabulary instead of a sort or
-a vocabulary of random numbers, it is exact to fp64 where it matters (the sums over blocks), and a row's token depends on
-that row's logits and number alone.
+a vocabulary of random numbers, it is exact to fp64 where it matters (the sums over blocks), and a row's token depends
+on that row's logits and number alone.
 
 Shapes: B rows, V vocabulary.
 """
@@ -125,7 +125,7 @@ def _invert_two_levels(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, 
 
 
 def _invert(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Index whose slice of the cumulated weights holds the uniform number: the first whose cumulated weight exceeds it."""
+    """Index whose slice of the cumulated weights holds the uniform number."""
     cumulative_BN = weights_BN.cumsum(-1)
     target_B1 = (uniforms_B.to(weights_BN.device) * cumulative_BN[:, -1])[:, None]
     index_B = torch.searchsorted(cumulative_BN, target_B1, right=True).squeeze(-1)

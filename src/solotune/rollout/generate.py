@@ -69,8 +69,8 @@ def generate(
             ) from error
     if len(sequences_BS) != n_rows:
         raise ConfigError(
-            f"method.gen_kwargs {settings.other!r} gave {len(sequences_BS)} responses for {n_rows} prompts; allowed is one "
-            "each (repeat the prompts instead)"
+            f"method.gen_kwargs {settings.other!r} gave {len(sequences_BS)} responses for {n_rows} prompts; allowed is "
+            "one each (repeat the prompts instead)"
         )
     response_ids_BT = sequences_BS[:, width_P:]
     lengths_B, finish_B = _ends(response_ids_BT, settings, find_stop)
@@ -99,7 +99,7 @@ def _takes_positions(lm: PreTrainedModel) -> bool:
 
 
 def _ends(response_ids_BT: Tensor, settings: SamplingSettings, find_stop: FindStop | None) -> tuple[Tensor, Tensor]:
-    """Length and finish reason of each row, (B,): up to and with the first EOS or the token that completes a stop string."""
+    """Length and finish reason of each row, (B,): up to and with the first EOS, or the last token of a stop string."""
     lengths, reasons = [], []
     for ids in response_ids_BT.tolist():
         length, reason = len(ids), FinishReason.LENGTH

@@ -61,7 +61,7 @@ class Rollouts(NamedTuple):
 
     def select(self, rows: Tensor) -> Rollouts:
         """The given rows, (M,) indices, at the same padding."""
-        return Rollouts(*(None if field is None else field[rows] for field in self))
+        return self._make(None if field is None else field[rows] for field in self)
 
     def response_tokens(self, row: int) -> list[int]:
         """The sampled token ids of one row."""
@@ -81,7 +81,7 @@ def concatenate(parts: list[Rollouts], pad_token_id: int) -> Rollouts:
     width_T = max(part.response_ids_NT.shape[1] for part in parts)
     padded = [_pad(part, width_P - part.prompt_width, width_T, pad_token_id) for part in parts]
     columns = zip(*padded, strict=True)
-    return Rollouts(*(None if column[0] is None else torch.cat(column) for column in columns))
+    return Rollouts._make(None if column[0] is None else torch.cat(column) for column in columns)
 
 
 def _pad(part: Rollouts, left: int, width_T: int, pad_token_id: int) -> Rollouts:

@@ -87,7 +87,8 @@ class Trainer(ABC):
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
 
         self._eos, self._stops = _eos_token_ids(policy, self.tokenizer), list(stop_sequences)
-        self.eval_settings = self.settings(config.method.gen_kwargs)
+        self._gen_kwargs: dict[str, Any] = getattr(config.method, "gen_kwargs", {})
+        self.eval_settings = self.settings(self._gen_kwargs)
         self._sample_eval = self.sampler(eval_prompts, eval_ids, Stream.EVALUATION)
         if prompts is not None:
             self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
@@ -193,7 +194,7 @@ class Trainer(ABC):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`transformers.generate` of the tuned model, with the configuration's `gen_kwargs` where none are given."""
-        options = {**self.method.gen_kwargs, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
+        options = {**self._gen_kwargs, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
         return self.model.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[operator]
 
     @property
@@ -253,11 +254,11 @@ class Trainer(ABC):
         return encode(prompts, self.tokenizer, self._room, self.config.tokenizer.add_special_tokens)
 
     def _check_vocabulary(self, policy: PolicyModel) -> None:
-        embeddings = policy.lm.get_input_embeddings().weight.shape[0]
+        embeddings: int = policy.lm.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         if len(self.tokenizer) > embeddings:
             raise ModelError(
-                f"tokenizer.tokenizer_path {self.config.tokenizer.tokenizer_path!r} has {len(self.tokenizer):,} tokens, "
-                f"but the model has embeddings for {embeddings:,}; use the model's own tokenizer"
+                f"tokenizer.tokenizer_path {self.config.tokenizer.tokenizer_path!r} has {len(self.tokenizer):,} "
+                f"tokens, but the model has embeddings for {embeddings:,}; use the model's own tokenizer"
             )
 
 

@@ -1,7 +1,7 @@
 """Saving and restoring everything a run needs to go on: safetensors and JSON, never pickle.
 
 checkpoints/step_000400/  tensors.safetensors   trained tensors, optimizer state, torch's random state
-                          state.json            round, step, controller, moments, schedule, Python's and NumPy's random state
+                              state.json           round, step, controller, moments, schedule, other random states
 """
 
 from __future__ import annotations

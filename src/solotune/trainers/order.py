@@ -34,7 +34,7 @@ class PromptOrder:
 
 
 def minibatches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Row indices of each batch of one shuffled pass over a round's rollouts; `epoch` counts from the start of training."""
+    """Row indices of the batches of a shuffled pass over a round's rollouts; `epoch` counts from the first round on."""
     order = torch.from_numpy(_permutation(n_rows, seed, Stream.MINIBATCHES, epoch))
     return list(order.split(batch_size))
 

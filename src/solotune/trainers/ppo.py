@@ -84,8 +84,8 @@ class PPOTrainer(Trainer):
         self.ref_std = method.ref_std
         if self.rollout_settings.is_biased:
             self.say(
-                f"method.gen_kwargs: top_k={self.rollout_settings.top_k} and top_p={self.rollout_settings.top_p} draw from "
-                "a part of the distribution, so PPO's ratio is biased"
+                f"method.gen_kwargs: top_k={self.rollout_settings.top_k} and top_p={self.rollout_settings.top_p} draw "
+                "from a part of the distribution, so PPO's ratio is biased"
             )
 
     def train_round(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class PPOTrainer(Trainer):
         """Log-probs of policy and reference, values and entropies, in micro-batches of the size the update uses."""
         rows = torch.arange(rollouts.n_rollouts, device=self.device).split(self.micro_batch)
         parts = [self.policy("measure", rollouts.select(part), self.rollout_settings.temperature) for part in rows]
-        return Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return Measured._make(torch.cat(column) for column in zip(*parts, strict=True))
 
     def credit(self, rollouts: Rollouts, scores: Tensor, measured: Measured) -> Credit:
         """Scores, (N,) or dense (N, T), and the KL penalty to advantages and returns."""
@@ -153,14 +153,13 @@ class PPOTrainer(Trainer):
         for rows in rows_of[: self.plan.total_steps - self.steps_done]:
             steps.append(self.optimizer_step(rollouts, measured, credit, rows.to(self.device)))
             self.steps_done += 1
-        names = ("policy/loss", "value/loss", "policy/approx_kl", "policy/clipfrac", "value/clipfrac", "policy/ratio")
+        names = (
+            *("policy/loss", "value/loss", "policy/approx_kl", "policy/clipfrac", "value/clipfrac", "policy/ratio"),
+            "policy/grad_norm",
+        )
         means = self.sum_over_processes(torch.stack(steps).double()) / self.accelerator.num_processes
-        *columns, norms = means.mean(0).tolist()
-        return {
-            **dict(zip(names, columns, strict=True)),
-            "policy/grad_norm": norms,
-            "policy/lr": self.scheduler.get_last_lr()[0],
-        }
+        averages = dict(zip(names, means.mean(0).tolist(), strict=True))
+        return {**averages, "policy/lr": float(self.scheduler.get_last_lr()[0])}
 
     def optimizer_step(self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor) -> Tensor:
         """One step on the given rollouts; the gradient does not depend on how they are cut into micro-batches.
@@ -193,7 +192,8 @@ class PPOTrainer(Trainer):
                 [loss.policy_loss, loss.value_loss, loss.approx_kl, loss.clipfrac, loss.value_clipfrac, loss.ratio]
             ).detach()
         limit = self.config.train.max_grad_norm
-        totals[6] = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
+        totals[6] = torch.as_tensor(norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -64,11 +64,11 @@ def train(
     Args:
         model_path: hub id or folder, a `PretrainedConfig` (random weights) or a `PreTrainedModel`; overrides
             `config.model.model_path`, not the tokenizer's path.
-        reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and metadata columns that it takes;
-            returns a number per sample, or a list of numbers per sample (one a response token).
+        reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and metadata columns that it
+            takes; returns a number per sample, or a list of numbers per sample (one a response token).
         dataset, samples, rewards: for offline methods, which are not there yet.
-        prompts: texts, or dicts with the key "prompt" whose other keys reach the reward function; default the tokenizer's
-            BOS, `batch_size` times.
+        prompts: texts, or dicts with the key "prompt" whose other keys reach the reward function; default the
+            tokenizer's BOS, `batch_size` times.
         eval_prompts: the same; default the first `batch_size` prompts.
         metric_fn: called at every evaluation; returns named numbers.
         config: default `default_ppo_config()`.
@@ -168,7 +168,8 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
     if not accelerator.is_main_process:
         return
     before, after = trainer.first_evaluation, trainer.last_evaluation
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     with clock.phase("save"):
         is_adapter = hasattr(trainer.model.backbone, "peft_config")
         trainer.save_pretrained(run.path / ("adapter" if is_adapter else "model"))

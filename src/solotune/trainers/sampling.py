@@ -121,7 +121,7 @@ class PromptSampler:
 
 
 def cut_at(output: str, stop_strings: Iterable[str]) -> str:
-    """The text before the first stop string of each kind, in their order; right-stripped where one was cut (as trlX)."""
+    """The text before each stop string, in their order; right-stripped where it was cut (as trlX)."""
     for stop in stop_strings:
         position = output.find(stop)
         if position >= 0:

@@ -1,0 +1,91 @@
+"""Two processes on the CPU, as `accelerate launch` starts them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from solotune.trainers.run_folder import read_lines
+
+SCRIPT = """
+import sys, json
+import solotune
+from tests.tiny import tiny_ppo_config
+from pathlib import Path
+
+def reward(outputs, **_):
+    return [sum(c in "aeiou" for c in o) / 6 for o in outputs]
+
+folder, out, sections = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+config = tiny_ppo_config(folder, **sections).evolve(train={"checkpoint_dir": out, "run_name": "run"})
+config.train.run_name = "run"
+solotune.train(reward_fn=reward, prompts=["a film", "another film, a longer one", "so", "what"], config=config)
+"""
+
+
+def launch(processes, script, folder, out, sections):
+    # Accelerate starts several processes on a CPU with its launcher for several GPUs, told that there are none.
+    options = {"--num_machines": "1", "--dynamo_backend": "no", "--mixed_precision": "no", "--main_process_port": "0"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *(word for pair in options.items() for word in pair)]
+    command += ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(),
+                   "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+    result = subprocess.run(
+        [*command, str(script), str(folder), str(out), json.dumps(sections)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return out / "run"
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "run.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.parametrize("model", [{}, {"delta_kwargs": None}], ids=["lora", "last two blocks"])
+def test_two_processes_take_the_step_of_one_with_twice_the_batch(tiny_folder, tmp_path, script, model):
+    """Batch 4 on each of two processes, and 8 on one: the same rollouts, advantages, gradient and parameters."""
+    gen = {"max_new_tokens": 6, "eos_token_id": list(range(60))}  # different numbers of tokens on each process
+    common = {
+        "model": model,
+        "optimizer": {"kwargs": {"lr": 1.0, "eps": 1.0}},
+        "method": {"gen_kwargs": gen, "ppo_epochs": 1},
+    }
+    runs = []
+    for processes in (1, 2):
+        n = 8 // processes
+        sections = {**common, "train": {"batch_size": n, "epochs": 1}}
+        sections["method"] = {**common["method"], "num_rollouts": n, "chunk_size": n}
+        runs.append(launch(processes, script, tiny_folder, tmp_path / str(processes), sections))
+    one, two = (load_file(next(run.glob("checkpoints/step_*/tensors.safetensors"))) for run in runs)
+    for name in one:
+        if name.startswith("model."):
+            torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4, msg=name)
+    first, second = (read_lines(run / "metrics.jsonl")[0] for run in runs)
+    for key in (
+        "objective/score",
+        "objective/kl",
+        "objective/entropy",
+        "policy/loss",
+        "value/loss",
+        "rollout/response_tokens",
+    ):
+        assert second[key] == pytest.approx(first[key], abs=1e-5), key
+    outputs = [[row["output"] for row in read_lines(run / "samples.jsonl") if row["round"] == 0] for run in runs]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_run_of_two_processes_leaves_one_set_of_files(tiny_folder, tmp_path, script):
+    run = launch(2, script, tiny_folder, tmp_path, {"train": {"epochs": 2}})
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert [row["round"] for row in read_lines(run / "metrics.jsonl")] == [1, 2]
+    assert len(read_lines(run / "samples.jsonl")) == 3 * 4
+    assert json.loads((run / "summary.json").read_text())["rounds"] == 2
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
