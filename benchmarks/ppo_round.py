@@ -51,8 +51,12 @@ class Side:
 
     def play(self, warmup: bool) -> None:
         record = self.ask("round")
-        seconds = f"{record['seconds']:.1f} s"
-        print(f"{self.introduction['name']}: {'warm-up, ' if warmup else ''}{seconds}", file=sys.stderr, flush=True)
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in record["seconds_by_phase"].items())
+        print(
+            f"{self.introduction['name']}: {'warm-up, ' if warmup else ''}{record['seconds']:.1f} s ({phases})",
+            file=sys.stderr,
+            flush=True,
+        )
         if not warmup:
             self.rounds.append(record)
 

@@ -36,7 +36,7 @@ def calls(monkeypatch) -> list[tuple]:
     class Calls(list):
         raises: BaseException | None = None
 
-        def record(self, *arguments):
+        def record(self, *arguments, **_):
             self.append(arguments)
             if self.raises:
                 raise self.raises

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -10,6 +11,8 @@ from typer.core import TyperGroup
 from solotune.config import Recipe, describe_steps
 from solotune.errors import ConfigError, SolotuneError
 from solotune.validation import nearest
+
+STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
 
 # In an installed package the recipes lie beside this file, in a checkout at its root.
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
@@ -71,7 +74,7 @@ def _run(recipe: Recipe, out: Path | None, resume: bool) -> None:
     from solotune.trainers.run import run_recipe
 
     train = recipe.config.train
-    run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume)
+    run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume, started=STARTED)
 
 
 @app.command()

@@ -43,7 +43,7 @@ class Trainer(ABC):
         reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and the prompts' metadata that it
             takes; a number per sample, or a list of numbers per sample, one a response token.
         eval_prompts: what is continued at every evaluation.
-        longest_response: tokens a response has at most, in rollouts or evaluations.
+        room: tokens a prompt may have.
         run: where files go; None writes none.
         metric_fn: called at every evaluation with samples, prompts, outputs and metadata; a dict of named numbers.
         stop_sequences: texts that end a response and are cut off it.
@@ -60,7 +60,7 @@ class Trainer(ABC):
         plan: StepPlan,
         reward_fn: Callable[..., Any],
         eval_prompts: Prompts,
-        longest_response: int,
+        room: int,
         run: RunFolder | None = None,
         metric_fn: Callable[..., dict[str, Any]] | None = None,
         stop_sequences: Sequence[str] = (),
@@ -75,7 +75,7 @@ class Trainer(ABC):
         self.clock = clock or Clock(self.device)
 
         self.tokenizer = load_tokenizer(config.tokenizer)
-        self._room = config.train.seq_length - longest_response
+        self._room = room
         prompt_ids = [] if prompts is None else self._encode(prompts)
         eval_ids = self._encode(eval_prompts)
         with self.clock.phase("load"):
@@ -214,12 +214,13 @@ class Trainer(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON."""
-        first = self.first_evaluation
+        first, last = self.first_evaluation, self.last_evaluation
         return {
             "round": self.rounds_done,
             "best_reward": self.best_reward if math.isfinite(self.best_reward) else None,
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if _is_json(value)},
             "first_evaluation": first._asdict() if first is not None else None,
+            "last_evaluation": last._asdict() if last is not None else None,
             "rollout_tokens": self.rollout_tokens,
             "seconds_by_phase": dict(self.clock.total),
         }
@@ -230,7 +231,8 @@ class Trainer(ABC):
         self.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
         self.scheduler.load_state_dict(state["scheduler"])
         if state["first_evaluation"] is not None:
-            self.first_evaluation = self.last_evaluation = Evaluation(**state["first_evaluation"])
+            self.first_evaluation = Evaluation(**state["first_evaluation"])
+            self.last_evaluation = Evaluation(**state["last_evaluation"])
         self.rollout_tokens = state["rollout_tokens"]
         self.clock.continue_from(state["seconds_by_phase"])
         if self.run is not None:

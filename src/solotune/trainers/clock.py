@@ -13,11 +13,16 @@ import torch
 
 
 class Clock:
-    """Seconds spent in each phase of a run."""
+    """Seconds spent in each phase of a run.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: where the work is done.
+        started: `time.perf_counter()` when the command began, default now.
+    """
+
+    def __init__(self, device: torch.device, started: float | None = None):
         self._device = device
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() if started is None else started
         self.total: dict[str, float] = defaultdict(float)
         self.round: dict[str, float] = defaultdict(float)
 

@@ -30,6 +30,7 @@ from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, RewardError
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
+from solotune.rollout.settings import SamplingSettings
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import PromptOrder, minibatches
 
@@ -55,6 +56,14 @@ class Credit(NamedTuple):
     kl_coef: float
 
 
+def room_for_prompts(config: TRLConfig) -> int:
+    """Tokens a prompt may have: `train.seq_length` less the longest response of rollouts and evaluations."""
+    method: Any = config.method
+    settings = [method.gen_kwargs, method.gen_experience_kwargs or method.gen_kwargs]
+    longest = max(SamplingSettings.from_gen_kwargs(kwargs, None).max_new_tokens for kwargs in settings)
+    return config.train.seq_length - longest
+
+
 class PPOTrainer(Trainer):
     """Tunes a language model with PPO; see `Trainer` for the arguments.
 
@@ -72,8 +81,8 @@ class PPOTrainer(Trainer):
         if not isinstance(method, PPOConfig):
             raise ConfigError(f"method.name {method.name!r} is not PPO; this trainer needs a PPOConfig")
         rollout_kwargs = method.gen_experience_kwargs or method.gen_kwargs
-        longest = max(int(kwargs.get("max_new_tokens", 40)) for kwargs in (rollout_kwargs, method.gen_kwargs))
-        super().__init__(config, describe_steps(config), reward_fn, eval_prompts, longest, prompts=prompts, **shared)
+        room = room_for_prompts(config)
+        super().__init__(config, describe_steps(config), reward_fn, eval_prompts, room, prompts=prompts, **shared)
         self.method = method
         self.rollout_settings = self.settings(rollout_kwargs)
         self.order = PromptOrder(len(prompts), config.train.seed)

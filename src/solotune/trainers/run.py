@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
-from solotune.data.prompts import Prompts, load_eval_prompts, load_prompts
+from solotune.data.prompts import Prompts, encode, load_eval_prompts, load_prompts
 from solotune.errors import ConfigError, NotYetError
 from solotune.models.loading import load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
@@ -24,27 +24,33 @@ from solotune.rewards import build_reward
 from solotune.trainers import checkpoint
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, show_logs
-from solotune.trainers.ppo import PPOTrainer
+from solotune.trainers.ppo import PPOTrainer, room_for_prompts
 from solotune.trainers.run_folder import RunFolder
 
 log = logging.getLogger("solotune")
 
 
-def run_recipe(recipe: Recipe, out: Path, resume: bool = False) -> PPOTrainer:
+def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float | None = None) -> PPOTrainer:
     """Train what a recipe says and leave a run folder.
 
     Args:
         recipe: a PPO recipe.
         out: the run's folder; an existing run there is moved aside unless it is resumed.
         resume: continue from the newest checkpoint in `out`.
+        started: `time.perf_counter()` when the command began, default now.
     """
-    _supported(recipe.config)
-    accelerator = _accelerator(recipe.config)
-    clock = Clock(accelerator.device)
+    config = recipe.config
+    _supported(config)
+    accelerator = _accelerator(config)
+    clock = Clock(accelerator.device, started)
+    config.check()
     prompts, eval_prompts = load_prompts(recipe.data), load_eval_prompts(recipe.data)
+    tokenizer = load_tokenizer(config.tokenizer)
+    for given in (prompts, eval_prompts):  # what is too long is said before a reward model is trained
+        encode(given, tokenizer, room_for_prompts(config), config.tokenizer.add_special_tokens)
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
-    return _run(recipe.config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock)
+    return _run(config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock)
 
 
 def train(
@@ -90,6 +96,7 @@ def train(
     config = (config or default_ppo_config()).evolve()
     if model_path is not None:
         config.model.model_path = model_path
+    config.check()
     _supported(config)
     accelerator = _accelerator(config)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -132,20 +139,20 @@ def _run(
 ) -> PPOTrainer:
     main = accelerator.is_main_process
     start_from = _checkpoint_to_resume(config, out) if resume else None
-    run = RunFolder(out, writes=main, continued=resume)
-    accelerator.wait_for_everyone()
     set_seed(config.train.seed)
     trainer = PPOTrainer(
         config,
         reward_fn,
         prompts,
         eval_prompts,
-        run=run,
         metric_fn=metric_fn,
         stop_sequences=stop_sequences,
         accelerator=accelerator,
         clock=clock,
     )
+    # Only now: what could be wrong with the settings did not cost an earlier run its place.
+    trainer.run = run = RunFolder(out, writes=main, continued=start_from is not None)
+    accelerator.wait_for_everyone()
     if main:
         saved = recipe or _as_recipe(config, prompts, eval_prompts)
         saved.save_yaml(out / "config.yaml", versions())
