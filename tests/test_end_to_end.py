@@ -38,7 +38,7 @@ def test_train_resume_and_report(recipe, tmp_path):
     _, write = recipe
     code, said = run("train", write(), "--set", "train.epochs=1")
     assert code == 0, said
-    assert "1 rounds of 8 rollouts" in said
+    assert "1 round of 8 rollouts" in said
     folder = tmp_path / "runs" / "tiny"
     code, said = run("train", write(), "--set", "train.epochs=3", "--resume")
     assert code == 0, said
@@ -71,6 +71,11 @@ def test_resuming_nothing_starts_from_the_beginning(recipe):
         ("data", {"prompts": []}, "no prompts"),
         ("data", {"prompts": ["a", "  "]}, "prompt 1 is empty"),
         ("reward", {"function": "nowhere.py:f"}, "nowhere.py"),
+        ("model", {"model_extra_configs": {"token": "hf_x"}}, "secrets do not belong"),
+        ("train", {"rollout_logging_dir": "logs"}, "rollout_logging_dir is not there yet"),
+        ("train", {"resume_from_checkpoint": "nowhere"}, "'nowhere' holds no checkpoint"),
+        ("train", {"tracker": "comet_ml"}, "comet_ml"),
+        ("method", {"target": 6.0, "init_kl_coef": 0.0}, "init_kl_coef = 0"),
         ("optimizer", {"kwargs": {"lr": 1e-3, "momentum": 0.9}}, "momentum"),
     ],
 )

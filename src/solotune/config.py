@@ -194,6 +194,13 @@ def _rollout_problems(config: TRLConfig) -> Iterable[str]:
             f"method.num_value_layers_unfrozen = {method.num_value_layers_unfrozen}: must be 0; the value head reads "
             "the policy's last hidden state, blocks of its own are not supported"
         )
+    if method.target is not None and method.init_kl_coef == 0:
+        yield "method.init_kl_coef = 0: must be greater than 0 with method.target, which multiplies it"
+    if method.target is not None and method.num_rollouts >= 5 * method.horizon:
+        yield (
+            f"method.horizon = {method.horizon:g}: must be greater than a fifth of method.num_rollouts, which is "
+            f"{method.num_rollouts}"
+        )
     for path, size in (("train.batch_size", config.train.batch_size), ("method.chunk_size", method.chunk_size)):
         count = method.num_rollouts
         if count % size == 0 or (path == "method.chunk_size" and size >= count):

@@ -178,6 +178,15 @@ def _architecture(value: Any) -> Any:
     return own_copy(value)
 
 
+def _refuse_secrets(path: str, options: Mapping[str, Any]) -> None:
+    """A configuration is copied into every run's files, its page and its tracker."""
+    for key in options:
+        if key in ("token", "use_auth_token") or any(word in key for word in ("secret", "password", "api_key")):
+            raise ConfigError(
+                f"{path}.{key}: secrets do not belong in a configuration; set HF_TOKEN in the environment"
+            )
+
+
 @dataclass(config=STRICT)
 class ModelConfig(Section):
     """Which model, and which part of it is trained.
@@ -200,6 +209,7 @@ class ModelConfig(Section):
     architecture: Annotated[dict[str, Any] | None, PlainValidator(_architecture)] = None
 
     def check(self) -> None:
+        _refuse_secrets("model.model_extra_configs", self.model_extra_configs)
         if self.delta_kwargs is not None and self.peft_config is not None:
             raise ConfigError("model.delta_kwargs and model.peft_config are both given: keep one of them")
         if self.delta_kwargs is not None and self.num_layers_unfrozen == 0:
@@ -220,6 +230,9 @@ class TokenizerConfig(Section):
     truncation_side: Literal["left", "right"] = "right"
     tokenizer_extra_configs: FreeDict = field(default_factory=dict)
     add_special_tokens: Flag = True
+
+    def check(self) -> None:
+        _refuse_secrets("tokenizer.tokenizer_extra_configs", self.tokenizer_extra_configs)
 
 
 @dataclass(config=STRICT)

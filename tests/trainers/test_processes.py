@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from solotune.trainers.run_folder import read_lines
+from tests.tiny import save_tiny
 
 SCRIPT = """
 import sys, json
@@ -80,6 +81,16 @@ def test_two_processes_take_the_step_of_one_with_twice_the_batch(tiny_folder, tm
         assert second[key] == pytest.approx(first[key], abs=1e-5), key
     outputs = [[row["output"] for row in read_lines(run / "samples.jsonl") if row["round"] == 0] for run in runs]
     assert outputs[0] == outputs[1]
+
+
+def test_processes_with_unequal_shares_of_the_evaluation_do_not_wait_for_each_other(tmp_path, script):
+    """Three evaluation prompts on two processes, on a model that has buffers (rotary frequencies)."""
+    folder = save_tiny(tmp_path / "llama", "llama")
+    sections = {"train": {"epochs": 1, "minibatch_size": 1}, "method": {"chunk_size": 1}}
+    changed = script.with_name("unequal.py")
+    changed.write_text(SCRIPT.replace("config=config)", 'eval_prompts=["a", "bb", "ccc"], config=config)'))
+    run = launch(2, changed, folder, tmp_path / "runs", sections)
+    assert len(read_lines(run / "samples.jsonl")) == 2 * 3
 
 
 def test_a_run_of_two_processes_leaves_one_set_of_files(tiny_folder, tmp_path, script):

@@ -28,7 +28,6 @@ ARCHIVE_NAME = "vaderSentiment-0.5.zip"
 ARCHIVE_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
 INDIVIDUAL_RATINGS = "movieReviewSnippets_anonDataRatings.txt"
-RATING_MIN, RATING_MAX = -4.0, 4.0
 _TARBALL = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 _LICENSE = "vaderSentiment-0.5/LICENSE.txt"
 _MEMBERS = "hutto_ICWSM_2014"

@@ -73,7 +73,8 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
         ModelError: it is not found.
     """
     path = resolve(config.tokenizer_path)
-    options = {"padding_side": "left", "truncation_side": config.truncation_side, **config.tokenizer_extra_configs}
+    options = {"trust_remote_code": False, "truncation_side": config.truncation_side, **config.tokenizer_extra_configs}
+    options["padding_side"] = "left"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
@@ -118,13 +119,14 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
     if isinstance(given, PreTrainedModel):
         return given.to(device)  # type: ignore[arg-type]
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
+    options.setdefault("trust_remote_code", False)
     if isinstance(given, PretrainedConfig):
-        lm = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
-        return lm.to(torch.device(device))
+        lm: Any = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
+        return lm.to(device)
     path = resolve(given)
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(_load_failure(given, error)) from error
     return lm.to(torch.device(device))
 

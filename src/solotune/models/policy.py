@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
-from solotune.models.split import Decoder, Head, Top, TrunkRecorder
+from solotune.models.split import Decoder, Head, Top, TrunkRecorder, cast_input
 from solotune.rollout.generate import generate
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
@@ -102,15 +102,16 @@ class PolicyModel(nn.Module):
             self.reference["norms"] = nn.ModuleDict(norms)
             blocks: Any = self.reference["blocks"]
             self.reference_top, self.reference_head = Top(self.decoder, self.start, blocks, norms), self.head
-        self._recorder = TrunkRecorder(self.decoder.blocks[self.start]) if self.start > 0 else None
+        frozen = {p.dtype for p in lm.parameters() if not p.requires_grad}
+        self._is_mixed = torch.bfloat16 in frozen and not isinstance(backbone, PeftModel)
+        self._recorder = None
+        if self.start > 0:
+            self._recorder = TrunkRecorder(self.decoder.blocks[self.start])
+            cast_input(self.decoder.blocks[self.start])
 
     @property
     def lm(self) -> PreTrainedModel:
         return self.decoder.lm
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.value_head.parameters()).device
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -127,16 +128,17 @@ class PolicyModel(nn.Module):
             "measure": self._measure,
             "update": self._update,
         }
-        return passes[task](*args, **kwargs)
+        with self._autocast():
+            return passes[task](*args, **kwargs)
 
-    def _sample(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
+    def _sample(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made."""
-        with self._recording(keep_trunk) as take_trunk:
+        with self._recording() as take_trunk:
             return sample(self.decoder.module, self.head, *args, take_trunk=take_trunk, **kwargs)
 
-    def _generate(self, *args: Any, keep_trunk: bool = True, **kwargs: Any) -> Rollouts:
+    def _generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.generate.generate` and one full pass for the trunk's output."""
-        with self._recording(keep_trunk) as take_trunk:
+        with self._recording() as take_trunk:
             return generate(self.lm, *args, take_trunk=take_trunk, **kwargs)
 
     @torch.no_grad()
@@ -186,14 +188,19 @@ class PolicyModel(nn.Module):
             return logprobs_bT, zeros_bT
         return logprobs_bT, zeros_bT.masked_scatter(picked_bT, stats.entropies_N).masked_fill(~mask_bT, 0.0)
 
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Blocks trained in place are fp32 between bf16 neighbours: they are multiplied in bf16 as well."""
+        device = next(self.value_head.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16) if self._is_mixed else contextlib.nullcontext()
+
     def _reference(self) -> contextlib.AbstractContextManager:
         return self.backbone.disable_adapter() if isinstance(self.backbone, PeftModel) else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _recording(self, keep_trunk: bool) -> Iterator[Callable[[], Tensor] | None]:
+    def _recording(self) -> Iterator[Callable[[], Tensor] | None]:
         if self._checkpointing:
             self.top.train(False)
-        if self._recorder is None or not keep_trunk:
+        if self._recorder is None:
             yield None
             return
         self._recorder.active = True

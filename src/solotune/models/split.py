@@ -107,6 +107,18 @@ class TrunkRecorder:
         return trunk_BTH
 
 
+def cast_input(block: nn.Module) -> None:
+    """Make a block take hidden states of another precision than its own: the first block above a bf16 trunk."""
+    dtype = next(block.parameters()).dtype
+
+    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].to(dtype), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].to(dtype)}
+
+    block.register_forward_pre_hook(cast, with_kwargs=True)
+
+
 class Top:
     """Blocks `start`.. and the final norm of a decoder, resumed from the trunk's output.
 
@@ -127,21 +139,24 @@ class Top:
         module = decoder.module
         self.start = start
         self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
-        self._embedding_dim = int(decoder.lm.get_input_embeddings().weight.shape[1])
+        self._embedding_dim = int(cast(nn.Embedding, decoder.lm.get_input_embeddings()).weight.shape[1])
         self._trunk: Tensor | None = None
         if start == 0:
             self._module = module
             return
         own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
+        self._dtype = next(own[0].parameters()).dtype
         own[0] = _without_hooks(own[0])
         own[0].register_forward_pre_hook(self._replace, with_kwargs=True)
         self._module = _shallow_copy(module, {decoder.list_name: nn.ModuleList(own), **(norms or {})})
         self._module.__dict__["config"] = _cut_config(module.config, start)
 
     def _replace(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        assert self._trunk is not None
+        trunk_BTH = self._trunk.to(self._dtype)  # blocks trained in place are fp32, the trunk may be bf16
         if args:
-            return (self._trunk, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._trunk}
+            return (trunk_BTH, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": trunk_BTH}
 
     def train(self, mode: bool) -> None:
         """Set training mode on the blocks of the top: gradient checkpointing is active in it alone."""
@@ -177,7 +192,7 @@ class Head:
             parent = lm.get_submodule(".".join(path[:depth]))
             replaced = _shallow_copy(parent, {path[depth]: replaced})
         self._lm = replaced
-        self._dtype = next(lm.get_output_embeddings().parameters()).dtype
+        self._dtype = cast(nn.Linear, lm.get_output_embeddings()).weight.dtype
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of hidden states after the final norm, (N, H)."""

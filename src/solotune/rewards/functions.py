@@ -19,7 +19,6 @@ Scores = list[float] | list[list[float]]
 RewardFunction = Callable[..., Any]
 
 FAILURE_FILE = "reward_failure.jsonl"
-STANDARD_NAMES = ("samples", "prompts", "outputs", "tokenizer")
 
 
 def load_function(reference: str) -> RewardFunction:

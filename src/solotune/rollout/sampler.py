@@ -88,12 +88,13 @@ def sample(
         response_ids_BT[rows_b, step] = tokens_b
         logprobs_BT[rows_b, step] = torch.where(running_b, drawn.logprobs_B, 0.0)
         ended_b = running_b & torch.isin(tokens_b, eos_E)
-        finish_B[rows_b[ended_b]] = int(FinishReason.EOS)
+        # torch.where and not a boolean index, for which the host would wait at every step
+        finish_B[rows_b] = torch.where(ended_b, int(FinishReason.EOS), finish_B[rows_b])
         if find_stop is not None and settings.stop_strings:
             stopped_b = _find_stops(find_stop, response_ids_BT[rows_b, : step + 1], running_b & ~ended_b)
-            finish_B[rows_b[stopped_b]] = int(FinishReason.STOP_STRING)
+            finish_B[rows_b] = torch.where(stopped_b, int(FinishReason.STOP_STRING), finish_B[rows_b])
             ended_b = ended_b | stopped_b
-        lengths_B[rows_b[ended_b]] = step + 1
+        lengths_B[rows_b] = torch.where(ended_b, step + 1, lengths_B[rows_b])
         if step + 1 == steps:
             break
         if (step + 1) % LOOK_EVERY == 0:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from solotune.data.prompts import Prompts, encode
-from solotune.errors import ModelError
+from solotune.errors import ConfigError, ModelError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.rewards import score
@@ -98,6 +98,7 @@ class Trainer(ABC):
         self.rollout_tokens = 0.0
         self.first_evaluation: Evaluation | None = None
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_step = -1
         self.best_reward = -math.inf
 
     @abstractmethod
@@ -115,10 +116,14 @@ class Trainer(ABC):
         with round_progress(self.plan.rounds, self.rounds_done, self.accelerator.is_main_process) as progress:
             while self.steps_done < self.plan.total_steps:
                 progress.advance(self.train_round())
+        if self.evaluated_step != self.steps_done:  # resumed with nothing left to do
+            self.evaluate_and_record()
 
     def score(self, texts: Texts) -> list[Any]:
         """The reward function's answer: a number or a list of numbers a sample."""
         folder = self.run.path if self.run is not None else Path.cwd()
+        if not self.accelerator.is_main_process:
+            folder = folder / f"process_{self.accelerator.process_index}"
         return score(
             self.reward_fn,
             texts.samples,
@@ -166,7 +171,7 @@ class Trainer(ABC):
         """Evaluate, append the samples to the run's file, keep the best model."""
         evaluation = self.evaluate()
         self.first_evaluation = self.first_evaluation or evaluation
-        self.last_evaluation = evaluation
+        self.last_evaluation, self.evaluated_step = evaluation, self.steps_done
         if self.run is not None:
             place = {"round": self.rounds_done, "step": self.steps_done}
             self.run.append(self.run.samples, [{**place, **sample} for sample in evaluation.samples])
@@ -221,13 +226,21 @@ class Trainer(ABC):
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if _is_json(value)},
             "first_evaluation": first._asdict() if first is not None else None,
             "last_evaluation": last._asdict() if last is not None else None,
+            "evaluated_step": self.evaluated_step,
+            "data_order": self._data_order(),
             "rollout_tokens": self.rollout_tokens,
             "seconds_by_phase": dict(self.clock.total),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`; the run's files are cut back to it."""
+        if state["data_order"] != self._data_order():
+            raise ConfigError(
+                f"the checkpoint was made with {state['data_order']}, this run has {self._data_order()}: prompts "
+                "would be repeated or skipped; resume with the same settings"
+            )
         self.rounds_done, self.steps_done = state["round"], state["step"]
+        self.evaluated_step = state["evaluated_step"]
         self.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
         self.scheduler.load_state_dict(state["scheduler"])
         if state["first_evaluation"] is not None:
@@ -237,6 +250,12 @@ class Trainer(ABC):
         self.clock.continue_from(state["seconds_by_phase"])
         if self.run is not None:
             self.run.cut_after(self.rounds_done)
+
+    def _data_order(self) -> dict[str, int]:
+        """What decides which prompts and random numbers a round takes."""
+        rollouts = getattr(self.config.method, "num_rollouts", 0)
+        processes = self.accelerator.num_processes
+        return {"train.seed": self.config.train.seed, "method.num_rollouts": rollouts, "processes": processes}
 
     def say(self, line: str) -> None:
         """One line on the terminal, from one process."""

@@ -60,7 +60,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
 
 def saved(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/state.json"))
+    return sorted((path.parent for path in folder.glob("step_*/state.json")), key=lambda path: int(path.name[5:]))
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

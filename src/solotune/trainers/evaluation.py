@@ -89,6 +89,7 @@ def _metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> l
     return [{name: column[row] for name, column in columns.items()} for row in range(n)]
 
 
+@torch.no_grad()
 def _kls(policy: Callable[..., Any], rollouts: Rollouts, temperature: float, micro_batch: int) -> list[float]:
     kls: list[float] = []
     for rows in torch.arange(rollouts.n_rollouts).split(micro_batch):

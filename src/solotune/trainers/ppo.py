@@ -124,6 +124,7 @@ class PPOTrainer(Trainer):
         positions = range(first, first + n)
         return self.sampled([self.order[position] for position in positions], positions, self.rollout_settings)
 
+    @torch.no_grad()
     def measure(self, rollouts: Rollouts) -> Measured:
         """Log-probs of policy and reference, values and entropies, in micro-batches of the size the update uses."""
         rows = torch.arange(rollouts.n_rollouts, device=self.device).split(self.micro_batch)

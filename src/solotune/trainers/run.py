@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
 from solotune.data.prompts import Prompts, encode, load_eval_prompts, load_prompts
-from solotune.errors import ConfigError, NotYetError
-from solotune.models.loading import load_tokenizer, versions
+from solotune.errors import ConfigError, MissingExtraError, NotYetError
+from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
 from solotune.report.table import before_after_table
@@ -24,6 +26,7 @@ from solotune.rewards import build_reward
 from solotune.trainers import checkpoint
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, show_logs
+from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.ppo import PPOTrainer, room_for_prompts
 from solotune.trainers.run_folder import RunFolder
 
@@ -41,15 +44,20 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float |
     """
     config = recipe.config
     _supported(config)
-    accelerator = _accelerator(config)
+    accelerator = _accelerator(config, out)
     clock = Clock(accelerator.device, started)
     config.check()
     prompts, eval_prompts = load_prompts(recipe.data), load_eval_prompts(recipe.data)
     tokenizer = load_tokenizer(config.tokenizer)
     for given in (prompts, eval_prompts):  # what is too long is said before a reward model is trained
         encode(given, tokenizer, room_for_prompts(config), config.tokenizer.add_special_tokens)
+    # What does not fit the model is said before a reward model is trained and weights are loaded.
+    build_scheduler(
+        config.scheduler, build_optimizer(config.optimizer, build_policy(config, meta=True).trainable_parameters())
+    )
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
+    resume = resume or config.train.resume_from_checkpoint is not None
     return _run(config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock)
 
 
@@ -69,7 +77,7 @@ def train(
 
     Args:
         model_path: hub id or folder, a `PretrainedConfig` (random weights) or a `PreTrainedModel`; overrides
-            `config.model.model_path`, not the tokenizer's path.
+            `config.model.model_path`, and the tokenizer's path where no config is given.
         reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and metadata columns that it
             takes; returns a number per sample, or a list of numbers per sample (one a response token).
         dataset, samples, rewards: for offline methods, which are not there yet.
@@ -91,14 +99,19 @@ def train(
         )
     if reward_fn is None:
         raise ConfigError("train() got neither reward_fn nor samples; PPO needs reward_fn=, a function of samples")
+    uses_default = config is None
     if config is None:
         log.warning("no config was given: using default_ppo_config()")
     config = (config or default_ppo_config()).evolve()
     if model_path is not None:
         config.model.model_path = model_path
+        if uses_default and isinstance(model_path, str):
+            config.tokenizer.tokenizer_path = model_path
     config.check()
     _supported(config)
-    accelerator = _accelerator(config)
+    name = config.train.run_name or Path(sys.argv[0] or "train").stem or "train"
+    out = Path(config.train.checkpoint_dir) / name
+    accelerator = _accelerator(config, out)
     tokenizer = load_tokenizer(config.tokenizer)
     batch = config.train.batch_size * accelerator.num_processes
     start = tokenizer.bos_token or tokenizer.eos_token
@@ -106,8 +119,6 @@ def train(
     given_eval = Prompts.from_list(list(eval_prompts)) if eval_prompts is not None else given.select(
         range(min(batch, len(given)))
     )  # fmt: skip
-    name = config.train.run_name or Path(sys.argv[0] or "train").stem or "train"
-    out = Path(config.train.checkpoint_dir) / name
     resume = config.train.resume_from_checkpoint is not None
     return _run(
         config,
@@ -151,10 +162,10 @@ def _run(
         clock=clock,
     )
     # Only now: what could be wrong with the settings did not cost an earlier run its place.
-    trainer.run = run = RunFolder(out, writes=main, continued=start_from is not None)
+    trainer.run = run = RunFolder(out, writes=main, continued=_is_within(start_from, out))
     accelerator.wait_for_everyone()
     if main:
-        saved = recipe or _as_recipe(config, prompts, eval_prompts)
+        saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn)
         saved.save_yaml(out / "config.yaml", versions())
         tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
         console.print(
@@ -186,6 +197,7 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
         "reward_before": before.reward,
         "reward_after": after.reward,
         "kl": after.kl,
+        "metrics": after.metrics,
         "wall_seconds": clock.wall_seconds(),
         "seconds_by_phase": dict(clock.total),
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
@@ -211,13 +223,39 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
 def _supported(config: TRLConfig) -> None:
     if not isinstance(config.method, PPOConfig):
         raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed is 'PPOConfig'")
+    train = config.train
+    if train.rollout_logging_dir is not None:
+        raise NotYetError("train.rollout_logging_dir is not there yet; remove it")
+    for name, known in (("trainer", "accelerateppotrainer"), ("pipeline", "promptpipeline")):
+        if getattr(train, name).lower() != known:
+            raise NotYetError(f"train.{name} {getattr(train, name)!r} is not there yet; allowed is its default")
+    ignored = {
+        "train.trainer_kwargs": bool(train.trainer_kwargs),
+        "train.save_optimizer": not train.save_optimizer,
+        "tokenizer.padding_side": config.tokenizer.padding_side != "left",
+        "method.ref_mean": config.method.ref_mean is not None,
+    }
+    if names := [name for name, is_set in ignored.items() if is_set]:
+        log.warning("without effect here: %s", ", ".join(names))
 
 
-def _accelerator(config: TRLConfig) -> Accelerator:
-    show_logs()
+def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
+    # Forward passes of evaluations differ in number between processes, and no buffer is trained.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(
+        log_with=_tracker(config), project_dir=config.train.logging_dir or str(out), kwargs_handlers=[ddp]
+    )
+    show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return Accelerator(log_with=config.train.tracker, project_dir=config.train.logging_dir)
+    return accelerator
+
+
+def _tracker(config: TRLConfig) -> str | None:
+    name = config.train.tracker
+    if name is not None and name not in {str(tracker) for tracker in get_available_trackers()}:
+        raise MissingExtraError(f"train.tracker is {name!r}, which is not installed: pip install 'solotune[trackers]'")
+    return name
 
 
 def _checkpoint_to_resume(config: TRLConfig, out: Path) -> Path | None:
@@ -225,19 +263,36 @@ def _checkpoint_to_resume(config: TRLConfig, out: Path) -> Path | None:
     if given is not None and (Path(given) / "state.json").exists():
         return Path(given)
     found = checkpoint.saved((Path(given) if given is not None else out) / "checkpoints")
+    if not found and given is not None:
+        raise ConfigError(
+            f"train.resume_from_checkpoint {given!r} holds no checkpoint; allowed are a run's folder and a step_N "
+            "folder in its checkpoints"
+        )
     if not found:
         log.warning("nothing to resume in %s: starting from the beginning", given or out)
         return None
     return found[-1]
 
 
-def _as_recipe(config: TRLConfig, prompts: Prompts, eval_prompts: Prompts) -> Recipe:
+def _is_within(start_from: Path | None, out: Path) -> bool:
+    """Whether the run that is resumed is the one in `out`: only then are its files continued."""
+    return start_from is not None and start_from.resolve().is_relative_to(out.resolve())
+
+
+def _as_recipe(config: TRLConfig, prompts: Prompts, eval_prompts: Prompts, reward_fn: Callable[..., Any]) -> Recipe:
     """What `train()` was called with, as a recipe; its reward function is the caller's own code."""
     return Recipe(
         config,
         DataConfig(prompts=_rows(prompts), eval_prompts=_rows(eval_prompts)),
-        RewardConfig(function=f"{sys.argv[0] or 'caller.py'}:reward_fn"),
+        RewardConfig(function=f"{_source_file(reward_fn)}:{getattr(reward_fn, '__qualname__', 'reward_fn')}"),
     )
+
+
+def _source_file(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsourcefile(function) or "unknown.py"
+    except TypeError:  # an object that can be called
+        return inspect.getsourcefile(type(function)) or "unknown.py"
 
 
 def _rows(prompts: Prompts) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -65,19 +66,18 @@ class RunFolder:
             return
         for path in (self.metrics, self.samples):
             if path.exists():
-                kept = [row for row in read_lines(path) if row["round"] <= round_index]
-                path.unlink()
-                self.append(path, kept)
+                aside = path.with_name(f".{path.name}.partial")
+                aside.unlink(missing_ok=True)
+                self.append(aside, [row for row in read_lines(path) if row["round"] <= round_index])
+                os.replace(aside, path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    *lines, last = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
+    rows = [json.loads(line) for line in lines]
+    with contextlib.suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
     return rows
 
 

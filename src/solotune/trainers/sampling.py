@@ -52,12 +52,12 @@ class PromptSampler:
         self._prompts, self._prompt_ids = prompts, prompt_ids
         self._seed, self._stream, self._chunk_size, self._device = seed, stream, chunk_size, device
 
+    @torch.no_grad()
     def __call__(
         self,
         prompt_indices: list[int],
         row_ids: Iterable[int],
         settings: SamplingSettings,
-        keep_trunk: bool = True,
     ) -> Rollouts:
         """One response for each index; `row_ids` name the rows' random streams."""
         task = "generate" if settings.other else "sample"
@@ -75,7 +75,6 @@ class PromptSampler:
                     row_uniforms(self._seed, self._stream, (row for _, row in chunk), settings.max_new_tokens),
                     settings,
                     self._tokenizer.pad_token_id,
-                    keep_trunk=keep_trunk,
                     find_stop=self._stop_finder(settings.stop_strings),
                 )
             )
