@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     Args:
         logprobs_bT: log-probability of each response token under the policy, at the sampling temperature.
         values_bT: the critic's value before that token was emitted.
-        entropies_bT: entropy of the policy where that token was drawn, nats; no gradient.
+        entropies_bT: entropy of the policy where that token was drawn, nats; zero in an update, which needs none.
         ref_logprobs_bT: under the frozen reference; None in an update.
     """
 
@@ -144,7 +144,7 @@ class PolicyModel(nn.Module):
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, temperature: float) -> Measured:
         """Log-probabilities of policy and reference, values and entropies in one pass over the top."""
-        measured = self._evaluate(rollouts, temperature, self.top, self.head)
+        measured = self._evaluate(rollouts, temperature, entropy=True)
         with self._reference():
             hidden_bTH = self._response_hidden(rollouts, self.reference_top)
             ref_logprobs_bT, _ = self._logprobs(hidden_bTH, rollouts, temperature, self.reference_head, entropy=False)
@@ -152,11 +152,11 @@ class PolicyModel(nn.Module):
 
     def _update(self, rollouts: Rollouts, temperature: float) -> Measured:
         """Log-probabilities and values with gradients; only the top runs."""
-        return self._evaluate(rollouts, temperature, self.top, self.head)
+        return self._evaluate(rollouts, temperature, entropy=False)
 
-    def _evaluate(self, rollouts: Rollouts, temperature: float, top: Top, head: Head) -> Measured:
-        hidden_bTH = self._response_hidden(rollouts, top)
-        logprobs_bT, entropies_bT = self._logprobs(hidden_bTH, rollouts, temperature, head, entropy=True)
+    def _evaluate(self, rollouts: Rollouts, temperature: float, entropy: bool) -> Measured:
+        hidden_bTH = self._response_hidden(rollouts, self.top)
+        logprobs_bT, entropies_bT = self._logprobs(hidden_bTH, rollouts, temperature, self.head, entropy)
         mask_bT = rollouts.response_mask_NT
         values_bT = self.value_head(hidden_bTH).masked_fill(~mask_bT, 0.0)
         return Measured(logprobs_bT, values_bT, entropies_bT)

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,8 @@ def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
         log_with=_tracker(config), project_dir=config.train.logging_dir or str(out), kwargs_handlers=[ddp]
     )
     show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    # peft asks transformers for it under the old name; nothing a user could change
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return accelerator
