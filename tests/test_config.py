@@ -200,7 +200,9 @@ def test_contradicting_settings(changes, message):
 
 @pytest.mark.parametrize(("rollouts", "chunk", "batch"), [(128, 128, 32), (64, 16, 4), (128, 256, 128), (8, 1, 8)])
 def test_sizes_of_trlx_configs_are_accepted(rollouts, chunk, batch):
-    default_ppo_config().evolve(train=dict(batch_size=batch), method=dict(num_rollouts=rollouts, chunk_size=chunk))
+    sizes = dict(num_rollouts=rollouts, chunk_size=chunk)
+    config = default_ppo_config().evolve(train=dict(batch_size=batch), method=sizes)
+    assert (config.method.num_rollouts, config.method.chunk_size, config.train.batch_size) == (rollouts, chunk, batch)
 
 
 def test_contradictions_after_assignment_are_found_by_check():
