@@ -185,7 +185,11 @@ def test_unknown_sections_and_flat_names_are_pointed_to_their_place():
             {"method": {"gen_experience_kwargs": {"top_k": 0}}},
             r"method\.gen_experience_kwargs\.max_new_tokens is missing",
         ),
-        ({"method": {"num_value_layers_unfrozen": 2}}, r"method\.num_value_layers_unfrozen = 2: must be 0"),
+        (
+            {"method": {"gen_kwargs": {"max_new_tokens": [8, 9], "temperature": [0.5, 1.0], "eos_token_id": [1, 2]}}},
+            r"method\.gen_kwargs has lists for max_new_tokens and temperature: .*one list",
+        ),
+        ({"method": {"gen_experience_kwargs": {"max_new_tokens": [8, 9]}}}, r"gen_experience_kwargs\.max_new_tokens"),
         ({"method": {"name": "PPO2"}}, r"method\.name = 'PPO2': no such method; .*PPOConfig"),
         ({"model": {"num_layers_unfrozen": 0}}, r"model\.num_layers_unfrozen = 0: nothing would train"),
         ({"model": {"num_layers_unfrozen": -2}}, r"model\.num_layers_unfrozen = -2: must be at least -1"),

@@ -72,7 +72,7 @@ def test_resuming_nothing_starts_from_the_beginning(recipe):
         ("data", {"prompts": ["a", "  "]}, "prompt 1 is empty"),
         ("reward", {"function": "nowhere.py:f"}, "nowhere.py"),
         ("model", {"model_extra_configs": {"token": "hf_x"}}, "secrets do not belong"),
-        ("train", {"rollout_logging_dir": "logs"}, "rollout_logging_dir is not there yet"),
+        ("train", {"rollout_logging_dir": "logs"}, "rollout_logging_dir .logs. is no folder"),
         ("train", {"resume_from_checkpoint": "nowhere"}, "'nowhere' holds no checkpoint"),
         ("train", {"tracker": "comet_ml"}, "comet_ml"),
         ("method", {"target": 6.0, "init_kl_coef": 0.0}, "init_kl_coef = 0"),

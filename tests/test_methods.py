@@ -81,7 +81,7 @@ def test_generation_arguments_of_the_own_sampler_are_converted_and_the_others_ke
         ("top_p", 0),
         ("top_p", 1.5),
         ("temperature", 0),
-        ("temperature", [0.5, 1.0]),
+        ("temperature", [0.5, 0]),
         ("do_sample", 1),
     ],
 )

@@ -124,7 +124,7 @@ def tree(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     from solotune.models.tree import parameter_tree
 
     policy = build_policy(config, meta=True)
-    parameter_tree(policy.backbone, policy.value_head).print(Console())
+    parameter_tree(policy.backbone, policy.critic).print(Console())
 
 
 @app.command()
@@ -135,6 +135,30 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
     from solotune.report.page import write_report
 
     typer.echo(str(write_report(run)))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def trlx(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file that imports trlx.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARGUMENTS]...", help="Handed to the script.")
+    ] = None,
+) -> None:
+    """Run a script written for trlX, unchanged: `import trlx` means this project, in this process only."""
+    from solotune.compat.script import run_script
+
+    run_script(script, arguments or [])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a saved adapter.")],
+    merge: Annotated[Path, typer.Option("--merge", metavar="DIR", help="Where the merged model is written.")],
+) -> None:
+    """Write a run's tuned model as one ordinary model, its adapter merged in."""
+    from solotune.models.export import merge_adapter
+
+    typer.echo(f"saved in {merge_adapter(run, merge)}")
 
 
 def _say_version(wanted: bool) -> None:

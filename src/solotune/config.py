@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -27,6 +27,7 @@ from solotune.methods import (
     get_method,
     register_method,
 )
+from solotune.rollout.settings import LIST_VALUED
 from solotune.sections import (
     DataConfig,
     ModelConfig,
@@ -103,11 +104,16 @@ class TRLConfig(Section):
     tokenizer: TokenizerConfig
     train: TrainConfig
 
+    SECTIONS: ClassVar[dict[str, type]] = _SECTIONS
+    ALLOWS_REMAINDERS: ClassVar[bool] = False  # num_rollouts that are no multiple of batch_size, as in trlX
+
     def check(self) -> None:
         """Raises ConfigError where settings of one section or of two contradict each other."""
         for name in _SECTIONS:
             getattr(self, name).check()
-        problems = [*_nothing_trains(self), *_generation_problems(self), *_rollout_problems(self)]
+        problems = [*_nothing_trains(self), *_generation_problems(self), *_adaptive_kl_problems(self)]
+        if not self.ALLOWS_REMAINDERS:
+            problems += _remainder_problems(self)
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -118,7 +124,7 @@ class TRLConfig(Section):
         Raises:
             ConfigError: every problem of every section, one a line.
         """
-        return cls(**_build_sections(config, _SECTIONS))
+        return cls(**_build_sections(config, cls.SECTIONS))
 
     def to_dict(self) -> dict[str, Any]:
         """Sections as dicts, all of them copies; objects (a model given as one) are the same objects."""
@@ -177,6 +183,9 @@ def _generation_problems(config: TRLConfig) -> Iterable[str]:
         if given is None:
             yield f"{path} is missing: how many tokens a response may have, less than train.seq_length"
             continue
+        swept = [name for name, values in kwargs.items() if isinstance(values, list) and name not in LIST_VALUED]
+        if len(swept) > 1:
+            yield f"method.{field_name} has lists for {' and '.join(swept)}: a sweep takes one list at a time"
         for new_tokens in given if isinstance(given, list) else [given]:
             if new_tokens >= config.train.seq_length:
                 yield (
@@ -185,15 +194,10 @@ def _generation_problems(config: TRLConfig) -> Iterable[str]:
                 )
 
 
-def _rollout_problems(config: TRLConfig) -> Iterable[str]:
+def _adaptive_kl_problems(config: TRLConfig) -> Iterable[str]:
     method = config.method
     if not isinstance(method, PPOConfig):
         return
-    if method.num_value_layers_unfrozen:
-        yield (
-            f"method.num_value_layers_unfrozen = {method.num_value_layers_unfrozen}: must be 0; the value head reads "
-            "the policy's last hidden state, blocks of its own are not supported"
-        )
     if method.target is not None and method.init_kl_coef == 0:
         yield "method.init_kl_coef = 0: must be greater than 0 with method.target, which multiplies it"
     if method.target is not None and method.num_rollouts >= 5 * method.horizon:
@@ -201,6 +205,12 @@ def _rollout_problems(config: TRLConfig) -> Iterable[str]:
             f"method.horizon = {method.horizon:g}: must be greater than a fifth of method.num_rollouts, which is "
             f"{method.num_rollouts}"
         )
+
+
+def _remainder_problems(config: TRLConfig) -> Iterable[str]:
+    method = config.method
+    if not isinstance(method, PPOConfig):
+        return
     for path, size in (("train.batch_size", config.train.batch_size), ("method.chunk_size", method.chunk_size)):
         count = method.num_rollouts
         if count % size == 0 or (path == "method.chunk_size" and size >= count):
@@ -387,7 +397,7 @@ def _counted(count: int, noun: str) -> str:
 def describe_steps(config: TRLConfig) -> StepPlan:
     """How many rounds and optimizer steps a PPO run takes, and which setting ends it.
 
-    As in trlX: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size).
+    As in trlX: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size), rounded up.
 
     Raises:
         ConfigError: the method is not PPO, which alone counts in this way.
@@ -395,7 +405,7 @@ def describe_steps(config: TRLConfig) -> StepPlan:
     method, train = config.method, config.train
     if not isinstance(method, PPOConfig):
         raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig only")
-    steps_per_round = method.ppo_epochs * (method.num_rollouts // train.batch_size)
+    steps_per_round = method.ppo_epochs * math.ceil(method.num_rollouts / train.batch_size)
     by_epochs = train.epochs * steps_per_round
     total = min(train.total_steps, by_epochs)
     if train.total_steps <= by_epochs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, overload
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,18 @@ from solotune.validation import (
     whole_number,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOSS_NAMES = {  # of algorithms.ppo.PPOLoss, as trlX logged them
+    "loss": "losses/total_loss",
+    "policy_loss": "losses/policy_loss",
+    "value_loss": "losses/value_loss",
+    "approx_kl": "policy/approx_kl",
+    "clipfrac": "policy/clipfrac",
+    "value_clipfrac": "values/clipfrac",
+    "ratio": "ratio",
+}
 _METHODS: dict[str, type] = {}
 C = TypeVar("C", bound=type)
 
@@ -169,11 +181,55 @@ class PPOConfig(MethodConfig):
     ref_mean: Real | None = None
     ref_std: PositiveReal | None = None
     cliprange_reward: Annotated[PositiveReal | None, BeforeValidator(_no_clipping)] = 10.0
-    gen_kwargs: GenKwargs = field(
+    gen_kwargs: SweepKwargs = field(
         default_factory=lambda: {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
     )
     gen_experience_kwargs: GenKwargs | None = None
     num_value_layers_unfrozen: CountInt = 0
+
+    def get_advantages_and_returns(
+        self, values: "Tensor", rewards: "Tensor", response_length: int, use_whitening: bool = True
+    ) -> "tuple[Tensor, Tensor]":
+        """GAE over the first `response_length` tokens, both (B, T). For subclasses: the trainer calls an override of it
+        once a round, with zeros where there is no response token."""
+        import torch
+
+        from solotune.algorithms.advantages import gae, whiten
+
+        values, rewards = values[:, :response_length], rewards[:, :response_length]
+        everywhere = torch.ones_like(values, dtype=torch.bool)
+        advantages, returns = gae(rewards, values, everywhere, self.gamma, self.lam)
+        return (whiten(advantages, everywhere) if use_whitening else advantages), returns
+
+    def loss(
+        self,
+        logprobs: "Tensor",
+        values: "Tensor",
+        old_logprobs: "Tensor",
+        old_values: "Tensor",
+        advantages: "Tensor",
+        returns: "Tensor",
+        mask: "Tensor",
+    ) -> "tuple[Tensor, dict[str, float]]":
+        """PPO's loss over the masked tokens of (B, T), and statistics under trlX's names. For subclasses: the trainer
+        calls an override of it for every micro-batch, and weighs the losses by their tokens."""
+        from solotune.algorithms.ppo import ppo_loss
+
+        result = ppo_loss(
+            logprobs,
+            values,
+            old_logprobs,
+            old_values,
+            advantages,
+            returns,
+            mask.bool(),
+            cliprange=self.cliprange,
+            cliprange_value=self.cliprange_value,
+            vf_coef=self.vf_coef,
+            denominator=mask.sum(),
+        )
+        stats = {LOSS_NAMES[name]: float(value.detach()) for name, value in result._asdict().items()}
+        return result.loss, stats
 
 
 @register_method

@@ -282,8 +282,10 @@ class DataConfig(Section):
     """Where the prompts come from.
 
     prompts, eval_prompts: a list of texts or mappings; a .txt .json .jsonl .csv .parquet file; a Hugging Face dataset's
-    name; asset:film-snippets. prompt_words: only the first so many words. eval_repeats: each evaluation prompt is
-    sampled so many times.
+    name; asset:film-snippets. prompt_column: which column is the prompt. prompt_template: a prompt is made of several
+    columns, e.g. "### Instruction:\n{instruction}". prompt_until: only up to the last place of this text, which is
+    kept, e.g. "\n\nAssistant:". prompt_words: only the first so many words. long_prompts: those that `train.seq_length`
+    leaves no room for are an error, or are left out. eval_repeats: each evaluation prompt is sampled so many times.
     """
 
     SECTION: ClassVar[str] = "data"
@@ -291,10 +293,17 @@ class DataConfig(Section):
     prompts: Prompts
     prompt_column: str | None = None
     split: str = "train"
+    prompt_template: str | None = None
+    prompt_until: PathText | None = None
     prompt_words: PositiveInt | None = None
+    long_prompts: Literal["error", "drop"] = "error"
     max_prompts: PositiveInt | None = None
     eval_prompts: OptionalPrompts = None
     eval_repeats: PositiveInt = 1
+
+    def check(self) -> None:
+        if self.prompt_template is not None and self.prompt_column is not None:
+            raise ConfigError("data.prompt_template and data.prompt_column are both given: keep one of them")
 
 
 @dataclass(config=STRICT)

@@ -98,9 +98,14 @@ def test_a_prompt_is_put_before_both_answers_once(tmp_path):
     assert pairs.rejected == ["Q: no", "Q: no"]
 
 
-def test_pairs_of_equal_texts_say_nothing_and_are_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"row 0.*the same"):
-        load_feedback(write(tmp_path / "p.jsonl", [{"chosen": "a", "rejected": "a"}]), "pairs", **DEFAULTS)
+def test_pairs_of_equal_texts_say_nothing_and_are_left_out(tmp_path, caplog):
+    rows = [{"chosen": "a", "rejected": "a"}, {"chosen": "b", "rejected": "a"}]
+    with caplog.at_level("INFO"):
+        pairs = load_feedback(write(tmp_path / "p.jsonl", rows), "pairs", **DEFAULTS)
+    assert (pairs.chosen, pairs.rejected) == (["b"], ["a"])
+    assert "1 rows left out" in caplog.text
+    with pytest.raises(DataError, match=r"the same in every row"):
+        load_feedback(write(tmp_path / "p.jsonl", rows[:1]), "pairs", **DEFAULTS)
 
 
 def test_for_the_pairs_objective_ratings_stay_ratings(tmp_path):

@@ -8,7 +8,7 @@ from solotune.errors import ModelError
 from solotune.models.adapters import select_trainable, switch_off_dropout
 from solotune.models.loading import build_policy
 from solotune.models.policy import PolicyModel
-from solotune.models.split import Decoder, Head, Top, TrunkRecorder
+from solotune.models.split import Decoder, Head, InputRecorder, Top
 from solotune.rollout.draw import row_uniforms
 from solotune.rollout.records import positions_of
 from solotune.rollout.settings import SamplingSettings
@@ -73,7 +73,7 @@ def full_logprobs(lm, rollouts, temperature=1.0):
 def test_a_resumed_decoder_gives_the_full_models_logits_to_the_last_bit(architecture, start):
     lm = tiny_lm(architecture)
     decoder = Decoder(lm)
-    recorder = TrunkRecorder(decoder.blocks[start])
+    recorder = InputRecorder(decoder.blocks[start])
     ids, mask = prompts()
     positions = {} if architecture == "bloom" else {"position_ids": positions_of(mask)}
     with torch.no_grad():

@@ -175,8 +175,22 @@ def test_dense_rewards_are_one_a_token(tiny_folder):
     scores = trainer._as_tensor(trainer.score(trainer.sampled.texts(rollouts)), rollouts)
     rewards = trainer.credit(rollouts, scores, trainer.measure(rollouts)).rewards_NT
     assert (rewards[:, :3] == 0.5).all() or (rewards.sum(-1) <= 1.5).all()
-    with pytest.raises(solotune.errors.RewardError, match="whose response has 6 tokens"):
-        trainer._as_tensor([[1.0] * 7] * 8, rollouts)
+
+
+def test_dense_rewards_for_more_tokens_than_were_sampled_end_on_the_last_one(tiny_folder, caplog):
+    """A text that is encoded anew can have more tokens; nothing of its reward is lost, and it is said once."""
+    trainer = trainer_of(tiny_folder)
+    rollouts = trainer.sample_rollouts()
+    given = [[float(i) for i in range(9)]] + [[1.0]] * 7
+    with caplog.at_level("WARNING"):
+        dense = trainer._as_tensor(given, rollouts)
+        trainer._as_tensor(given, rollouts)
+    length = int(rollouts.response_mask_NT[0].sum())
+    assert length < 9
+    assert dense[0, : length - 1].tolist() == given[0][: length - 1]
+    assert float(dense[0, length - 1]) == sum(given[0][length - 1 :])
+    assert dense[1].tolist() == [1.0] + [0.0] * (dense.shape[1] - 1)
+    assert caplog.text.count("for 1 of 8 samples") == 1
 
 
 def test_only_the_plan_is_run(tiny_folder):

@@ -30,10 +30,12 @@ class Prompts:
     Args:
         texts: N texts, none of them empty.
         metadata: name -> N values, passed to reward functions whose signature takes that name.
+        ids: the token ids of each, where they are given and not encoded from the texts.
     """
 
     texts: list[str]
     metadata: dict[str, list[Any]] = field(default_factory=dict)
+    ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -73,7 +75,8 @@ class Prompts:
     def select(self, indices: Sequence[int]) -> "Prompts":
         """The prompts at `indices`, in that order."""
         metadata = {name: [values[i] for i in indices] for name, values in self.metadata.items()}
-        return Prompts([self.texts[i] for i in indices], metadata)
+        ids = None if self.ids is None else [self.ids[i] for i in indices]
+        return Prompts([self.texts[i] for i in indices], metadata, ids)
 
     def spread(self, count: int | None) -> "Prompts":
         """At most `count` prompts, evenly spaced: data sets are often sorted by label, and the first are all alike."""
@@ -131,6 +134,24 @@ def load_eval_prompts(data: "DataConfig") -> Prompts:
     return prompts.select([index for index in range(len(prompts)) for _ in range(data.eval_repeats)])
 
 
+def fitting(
+    prompts: Prompts, tokenizer: "PreTrainedTokenizerBase", max_length: int, add_special_tokens: bool
+) -> Prompts:
+    """Those prompts that have at most `max_length` tokens; says how many were left out.
+
+    Raises:
+        DataError: none is left.
+    """
+    rows = tokenizer(prompts.texts, add_special_tokens=add_special_tokens)["input_ids"]
+    kept = [index for index, row in enumerate(rows) if len(row) <= max_length]
+    if not kept:
+        raise DataError(f"none of {len(prompts)} prompts has at most {max_length} tokens: raise `train.seq_length`")
+    if len(kept) < len(prompts):
+        left_out = len(prompts) - len(kept)
+        logger.info("%d of %d prompts have more than %d tokens and are left out", left_out, len(prompts), max_length)
+    return prompts.select(kept)
+
+
 def encode(
     prompts: Prompts | Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
@@ -149,6 +170,10 @@ def encode(
     texts = list(prompts.texts if isinstance(prompts, Prompts) else prompts)
     if not texts:
         raise DataError("there are no prompts: `data.prompts` is empty; give at least one text")
+    if isinstance(prompts, Prompts) and prompts.ids is not None:
+        for index, (text, row) in enumerate(zip(texts, prompts.ids, strict=True)):
+            _check_length(index, text, row, max_length)
+        return [list(row) for row in prompts.ids]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if add_special_tokens:
         plain_rows, rows = rows, tokenizer(texts, add_special_tokens=True)["input_ids"]
@@ -159,15 +184,9 @@ def encode(
             logger.info("the tokenizer ends every text with %s; prompts go on, so it is left out of them", names)
     bos = tokenizer.bos_token_id
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        if not text.strip() or not row:
+        if not text.strip():
             raise DataError(f"prompt {index} is empty ({text!r}): remove it or give it a text")
-        if len(row) > max_length:
-            raise DataError(
-                f"prompt {index} has {len(row)} tokens, but there is room for {max_length} "
-                "(`train.seq_length` less `max_new_tokens` of the generation settings): shorten it, raise "
-                f"`train.seq_length` to at least {len(row) - max_length} more, or lower `max_new_tokens`. "
-                f"It begins {text[:80]!r}"
-            )
+        _check_length(index, text, row, max_length)
         if bos is not None and row[:2] == [bos, bos]:
             logger.warning(
                 "prompt %d starts with %s twice: once in its text and once added by the tokenizer; "
@@ -179,6 +198,18 @@ def encode(
     return [list(row) for row in rows]
 
 
+def _check_length(index: int, text: str, row: list[int], max_length: int) -> None:
+    if not row:
+        raise DataError(f"prompt {index} is empty ({text!r}): remove it or give it a text")
+    if len(row) > max_length:
+        raise DataError(
+            f"prompt {index} has {len(row)} tokens, but there is room for {max_length} "
+            "(`train.seq_length` less `max_new_tokens` of the generation settings): shorten it, raise "
+            f"`train.seq_length` to at least {len(row) - max_length} more, or lower `max_new_tokens`. "
+            f"It begins {text[:80]!r}"
+        )
+
+
 def _without_trailing(row: list[int], plain: list[int]) -> list[int]:
     """`row` = leading special tokens + `plain` + trailing ones -> the same without the trailing ones."""
     for start in range(len(row) - len(plain) + 1):
@@ -187,26 +218,26 @@ def _without_trailing(row: list[int], plain: list[int]) -> list[int]:
     return row
 
 
-def _mapping(row: Row, index: int, column: str) -> dict[str, Any]:
+def _mapping(row: Row, index: int, column: str | None) -> dict[str, Any]:
     if isinstance(row, str):
-        return {column: row}
+        return {column or "prompt": row}
     if not isinstance(row, dict):
         raise DataError(f"prompt {index} is a {type(row).__name__} ({str(row)[:80]!r}), expected a text or a mapping")
-    if column not in row:
+    if column is not None and column not in row:
         raise DataError(f"prompt {index} has no key {column!r}; its keys are {sorted(map(str, row))}")
     return dict(row)
 
 
 def _load(source: "str | list[Row]", data: "DataConfig") -> Prompts:
     if not isinstance(source, str):
-        return Prompts.from_list(source, data.prompt_column or "prompt")
+        return _from_rows(list(source), data.prompt_column or "prompt", data)
     if source == FILM_SNIPPETS:
         return Prompts([snippet.text for snippet in read_film_snippets(Path(resolve(source)))])
     if source.startswith(PREFIX):
         raise DataError(f"{resolve(source)!r} is not a set of prompts; {FILM_SNIPPETS!r} is")
     rows = read_rows(source, data.split)
     column = data.prompt_column or "prompt"
-    if data.prompt_column is None and rows and isinstance(rows[0], dict):
+    if data.prompt_column is None and data.prompt_template is None and rows and isinstance(rows[0], dict):
         first = rows[0]
         found = [name for name in PROMPT_COLUMNS if name in first]
         if not found:
@@ -215,4 +246,33 @@ def _load(source: "str | list[Row]", data: "DataConfig") -> Prompts:
                 "name the one to use in `data.prompt_column`"
             )
         column = found[0]
-    return Prompts.from_list(rows, column)
+    return _from_rows(rows, column, data)
+
+
+def _from_rows(rows: list[Row], column: str, data: "DataConfig") -> Prompts:
+    """Prompts of rows, by the template or up to the marker that the recipe names."""
+    if data.prompt_template is not None:
+        column = "prompt"
+        rows = [{**_mapping(row, index, None), column: _filled(data.prompt_template, row, index)}
+                for index, row in enumerate(rows)]  # fmt: skip
+    prompts = Prompts.from_list(rows, column)
+    if (marker := data.prompt_until) is None:
+        return prompts
+    texts = []
+    for index, text in enumerate(prompts.texts):
+        position = text.rfind(marker)
+        if position < 0:
+            raise DataError(f"prompt {index} has no {marker!r} (`data.prompt_until`); it begins {text[:80]!r}")
+        texts.append(text[: position + len(marker)])
+    return Prompts(texts, prompts.metadata)
+
+
+def _filled(template: str, row: Row, index: int) -> str:
+    values = row if isinstance(row, dict) else {"prompt": row}
+    try:
+        return template.format_map(values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(
+            f"`data.prompt_template` {template!r} does not fit prompt {index}, which has the columns {sorted(values)}: "
+            f"{type(error).__name__} {error}"
+        ) from error

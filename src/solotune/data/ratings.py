@@ -1,5 +1,6 @@
 """Human feedback to learn a reward model from: rated texts, and pairs of a chosen and a rejected text."""
 
+import logging
 import math
 import random
 import re
@@ -11,6 +12,8 @@ from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
 from solotune.data.tables import read_rows
 from solotune.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class Ratings(NamedTuple):
@@ -99,11 +102,14 @@ def as_pairs(rows: list[dict[str, Any]], source: str, chosen_column: str, reject
     With a column `prompt`, it is put before both answers unless they begin with it already. Without one, the two are
     whole texts (dialogues as in HH-RLHF), and their common beginning is the prompt.
 
+    Rows whose two texts are the same say nothing and are left out, with one log line.
+
     Raises:
-        DataError: a column is missing, a text is empty, or the two texts of a pair are the same.
+        DataError: a column is missing, a text is empty, or the two texts of every pair are the same.
     """
     _require(rows, source, (chosen_column, rejected_column))
     pairs = Pairs([], [], [])
+    same: list[int] = []
     for index, row in enumerate(rows):
         chosen, rejected = (_text(row, column, index, source) for column in (chosen_column, rejected_column))
         prompt = row.get("prompt") or ""
@@ -112,10 +118,17 @@ def as_pairs(rows: list[dict[str, Any]], source: str, chosen_column: str, reject
         if prompt and not (chosen.startswith(prompt) and rejected.startswith(prompt)):
             chosen, rejected = prompt + chosen, prompt + rejected
         if chosen == rejected:
-            raise DataError(f"{source!r}, row {index}: the chosen and the rejected text are the same: {chosen[:80]!r}")
+            same.append(index)
+            continue
         pairs.chosen.append(chosen)
         pairs.rejected.append(rejected)
         pairs.prompts.append(prompt or _shared_turns(chosen, rejected))
+    if same and not pairs.chosen:
+        raise DataError(f"{source!r}: the chosen and the rejected text are the same in every row")
+    if same:
+        logger.info(
+            "%d rows left out: their chosen and rejected texts are the same; the first is row %d", len(same), same[0]
+        )
     return pairs
 
 

@@ -1,5 +1,6 @@
 """Rows from a file or a dataset: what prompts, ratings and preference pairs are read with."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,21 @@ from solotune.errors import DataError
 
 Row = str | dict[str, Any]
 
-_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+_SUFFIXES = (".txt", ".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
     """The rows of `source`, in its order.
 
     Args:
-        source: a file (.txt: a row a line, blank lines skipped; .json: a list; .jsonl; .csv; .parquet), or the name or
-            folder of a dataset for `datasets.load_dataset`.
+        source: a file (.txt: a row a line, blank lines skipped; .json: a list; .jsonl, also .gz; .csv; .parquet), or
+            the name or folder of a dataset for `datasets.load_dataset`.
         split: which split of a dataset; a file has one only.
     Raises:
         DataError: the source does not exist or is not of that form.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in _SUFFIXES:
+    if path.name.lower().endswith(_SUFFIXES):
         if not path.is_file():
             raise DataError(f"there is no file {source!r} (looked in {path.absolute().parent})")
         try:
@@ -38,8 +39,8 @@ def _read_file(path: Path) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+    if suffix in (".jsonl", ".gz"):
+        with (gzip.open if suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
     elif suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))

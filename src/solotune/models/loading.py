@@ -19,7 +19,7 @@ from solotune.models.adapters import (
     switch_off_dropout,
     to_trainable_dtype,
 )
-from solotune.models.policy import PolicyModel
+from solotune.models.policy import PolicyModel, ValueBranch
 from solotune.models.split import Decoder
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bo
     """Load the model a configuration names, add its adapter, mark what is trained, and split it.
 
     Args:
-        config: only `model` and `train.gradient_checkpointing` are read.
+        config: only `model`, `train.gradient_checkpointing` and `method.num_value_layers_unfrozen` are read.
         device: where the weights go.
         meta: build the same modules without weights, on the meta device.
     Raises:
@@ -44,6 +44,7 @@ def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bo
     lm = _empty_model(model) if meta else _load(model, _dtype(model, device), device)
     decoder = Decoder(lm)
     check_block_count(model.num_layers_unfrozen, decoder)
+    value_branch = _value_branch(config, decoder)
     adapter = lora_config(model.delta_kwargs, model.peft_config, model.num_layers_unfrozen, decoder)
     backbone: Any = lm
     if adapter is None:
@@ -59,11 +60,22 @@ def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bo
             backbone = get_peft_model(lm, adapter)
         except ValueError as error:
             raise ModelError(f"model.peft_config does not fit {type(lm).__name__}: {error}") from error
-    switch_off_dropout(backbone)
-    to_trainable_dtype(backbone)
+    for module in [backbone, value_branch] if value_branch is not None else [backbone]:
+        switch_off_dropout(module)
+        to_trainable_dtype(module)
     if not any(p.requires_grad for p in backbone.parameters()):
         raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
-    return PolicyModel(backbone, gradient_checkpointing=config.train.gradient_checkpointing)
+    return PolicyModel(backbone, config.train.gradient_checkpointing, value_branch)
+
+
+def _value_branch(config: TRLConfig, decoder: Decoder) -> ValueBranch | None:
+    n_blocks = getattr(config.method, "num_value_layers_unfrozen", 0)
+    if n_blocks >= len(decoder.blocks):
+        raise ModelError(
+            f"method.num_value_layers_unfrozen = {n_blocks}, but {type(decoder.lm).__name__} has "
+            f"{len(decoder.blocks)} blocks; allowed are 0 (the critic reads the policy) to {len(decoder.blocks) - 1}"
+        )
+    return ValueBranch(decoder, n_blocks) if n_blocks else None
 
 
 def load_tokenizer(config: TokenizerConfig) -> Any:

@@ -16,16 +16,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
-from solotune.models.split import Decoder, Head, Top, TrunkRecorder, cast_input
+from solotune.models.split import Decoder, Head, InputRecorder, Top, cast_input
 from solotune.rollout.generate import generate
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
 
-Task = Literal["sample", "generate", "measure", "update"]
+CRITIC_FILE = "value_head.safetensors"
+Task = Literal["sample", "generate", "measure", "update", "whole"]
 
 
 class Measured(NamedTuple):
@@ -42,6 +44,14 @@ class Measured(NamedTuple):
     values_bT: Tensor
     entropies_bT: Tensor
     ref_logprobs_bT: Tensor | None = None
+
+
+class WholePass(NamedTuple):
+    """Every position of whole sequences: logits of policy and reference, (B, T, V), and values, (B, T)."""
+
+    logits_BTV: Tensor
+    ref_logits_BTV: Tensor
+    values_BT: Tensor
 
 
 class ValueHead(nn.Module):
@@ -65,6 +75,23 @@ class ValueHead(nn.Module):
             return self.layers(hidden_NH.float()).squeeze(-1)
 
 
+class ValueBranch(nn.Module):
+    """A trained copy of a decoder's last blocks and final norms, for a critic with layers of its own (trlX's
+    `num_value_layers_unfrozen`).
+
+    Args:
+        decoder: whose blocks are copied, before an adapter is put on them.
+        n_blocks: how many, at least 1 and less than all.
+    """
+
+    def __init__(self, decoder: Decoder, n_blocks: int):
+        super().__init__()
+        self.start = len(decoder.blocks) - n_blocks
+        self.blocks = copy.deepcopy(nn.ModuleList(decoder.blocks[self.start :]))
+        self.norms = nn.ModuleDict(copy.deepcopy(decoder.final_norms))
+        self.requires_grad_(True)
+
+
 class PolicyModel(nn.Module):
     """Policy, reference, critic and sampler on one backbone.
 
@@ -72,14 +99,22 @@ class PolicyModel(nn.Module):
         backbone: a causal LM whose trainable tensors require gradients, or a `PeftModel` around one. Everything that is
             trained decides where the split lies.
         gradient_checkpointing: recompute the top's blocks in the backward pass.
+        value_branch: blocks that the critic has to itself; without it, it reads the policy's last hidden state.
     """
 
-    def __init__(self, backbone: PreTrainedModel | PeftModel, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        gradient_checkpointing: bool = False,
+        value_branch: ValueBranch | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         lm: Any = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
         self.decoder = Decoder(lm)
         self.start = self.decoder.lowest_trainable_block()
+        if value_branch is not None:
+            self.start = min(self.start, value_branch.start)
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -106,27 +141,51 @@ class PolicyModel(nn.Module):
         self._is_mixed = torch.bfloat16 in frozen and not isinstance(backbone, PeftModel)
         self._recorder = None
         if self.start > 0:
-            self._recorder = TrunkRecorder(self.decoder.blocks[self.start])
+            self._recorder = InputRecorder(self.decoder.blocks[self.start])
             cast_input(self.decoder.blocks[self.start])
+        self.value_branch = value_branch
+        self._branch_input = None  # where the branch starts above the split: what the policy hands to that block
+        if value_branch is not None:
+            self._value_top = Top(
+                self.decoder, value_branch.start, value_branch.blocks, dict(value_branch.norms.items())
+            )
+            if value_branch.start > self.start:
+                self._branch_input = InputRecorder(self.decoder.blocks[value_branch.start], detach=False)
 
     @property
     def lm(self) -> PreTrainedModel:
         return self.decoder.lm
 
+    @property
+    def critic(self) -> nn.ModuleDict:
+        """The value head and, where there is one, the value branch."""
+        parts: dict[str, nn.Module] = {"value_head": self.value_head}
+        return nn.ModuleDict(parts if self.value_branch is None else {**parts, "value_branch": self.value_branch})
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a standard PEFT adapter, or the whole model where it was trained itself, as safetensors."""
+        """Write a standard PEFT adapter, or the whole model where it was trained itself, and the critic beside it; all
+        as safetensors."""
         self.backbone.save_pretrained(str(folder), safe_serialization=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.critic.state_dict().items()}, folder / CRITIC_FILE
+        )
+
+    def load_critic(self, folder: Path) -> None:
+        """Read the critic that `save_pretrained` wrote; one that was not saved stays as it is."""
+        if (folder / CRITIC_FILE).exists():
+            self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
 
     def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
-        """Run one pass: `sample`, `generate`, `measure` or `update` (the methods of these names with an underscore)."""
+        """Run one pass; the tasks are the methods of these names with an underscore."""
         passes: dict[str, Callable[..., Any]] = {
             "sample": self._sample,
             "generate": self._generate,
             "measure": self._measure,
             "update": self._update,
+            "whole": self._whole,
         }
         with self._autocast():
             return passes[task](*args, **kwargs)
@@ -154,19 +213,44 @@ class PolicyModel(nn.Module):
         """Log-probabilities and values with gradients; only the top runs."""
         return self._evaluate(rollouts, temperature, entropy=False)
 
+    def _whole(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> WholePass:
+        """Logits and values of given sequences, from token ids; the reference without gradients. For looking at a
+        model: training needs no logits."""
+        given = (ids_BT, mask_BT, positions_BT)
+        with self._recording() as take_trunk, self._keeping_branch_input(), torch.no_grad():
+            inputs: dict[str, Any] = {"position_ids": positions_BT} if self.top.takes_positions else {}
+            self.decoder.module(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **inputs)
+            trunk_BTH = None if take_trunk is None else take_trunk()
+        with self._keeping_branch_input():
+            hidden_BTH = value_hidden_BTH = self.top(trunk_BTH, *given)
+        if self.value_branch is not None:
+            branch_BTH = trunk_BTH if self._branch_input is None else self._branch_input.take()
+            value_hidden_BTH = self._value_top(branch_BTH, *given)
+        with torch.no_grad(), self._reference():
+            ref_hidden_BTH = self.reference_top(trunk_BTH, *given)
+            ref_logits_NV = self.reference_head(ref_hidden_BTH.flatten(0, 1))
+        logits_NV, values_N = self.head(hidden_BTH.flatten(0, 1)), self.value_head(value_hidden_BTH.flatten(0, 1))
+        shape = ids_BT.shape
+        return WholePass(*(x_N.unflatten(0, shape) for x_N in (logits_NV, ref_logits_NV, values_N)))
+
     def _evaluate(self, rollouts: Rollouts, temperature: float, entropy: bool) -> Measured:
-        hidden_bTH = self._response_hidden(rollouts, self.top)
+        with self._keeping_branch_input():
+            hidden_bTH = self._response_hidden(rollouts, self.top)
         logprobs_bT, entropies_bT = self._logprobs(hidden_bTH, rollouts, temperature, self.head, entropy)
         mask_bT = rollouts.response_mask_NT
+        if self.value_branch is not None:
+            hidden_bTH = self._response_hidden(rollouts, self._value_top, self._branch_input)
         values_bT = self.value_head(hidden_bTH).masked_fill(~mask_bT, 0.0)
         return Measured(logprobs_bT, values_bT, entropies_bT)
 
-    def _response_hidden(self, rollouts: Rollouts, top: Top) -> Tensor:
-        """Hidden states from which each response token was predicted, (b, T, H)."""
+    def _response_hidden(self, rollouts: Rollouts, top: Top, given: InputRecorder | None = None) -> Tensor:
+        """Hidden states from which each response token was predicted, (b, T, H); `given` has the top's input where that
+        is not the trunk's output."""
         ids_bS, mask_bS, positions_bS = rollouts.inputs
         if self._checkpointing:
             top.train(torch.is_grad_enabled())
-        hidden_bSH = top(rollouts.trunk_NSH, ids_bS, mask_bS, positions_bS)
+        trunk_bSH = rollouts.trunk_NSH if given is None else given.take()
+        hidden_bSH = top(trunk_bSH, ids_bS, mask_bS, positions_bS)
         return hidden_bSH[:, rollouts.prompt_width - 1 :]
 
     def _logprobs(
@@ -195,6 +279,17 @@ class PolicyModel(nn.Module):
 
     def _reference(self) -> contextlib.AbstractContextManager:
         return self.backbone.disable_adapter() if isinstance(self.backbone, PeftModel) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _keeping_branch_input(self) -> Iterator[None]:
+        if self._branch_input is None:
+            yield
+            return
+        self._branch_input.active = True
+        try:
+            yield
+        finally:
+            self._branch_input.active = False
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[Callable[[], Tensor] | None]:

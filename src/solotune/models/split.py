@@ -88,23 +88,30 @@ class Decoder:
         return 0 if any(p.requires_grad for p in below) else start
 
 
-class TrunkRecorder:
-    """Keeps what entered block `start` in the last forward, while `active`."""
+class InputRecorder:
+    """Keeps what entered a block in the last forward, while `active`: the trunk's output, for the lowest trained block.
 
-    def __init__(self, block: nn.Module):
+    Args:
+        block: whose input is kept.
+        detach: without its gradient.
+    """
+
+    def __init__(self, block: nn.Module, detach: bool = True):
         self._last: Tensor | None = None
+        self._detach = detach
         self.active = False
         block.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.active:
-            self._last = (args[0] if args else kwargs["hidden_states"]).detach()
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._last = hidden.detach() if self._detach else hidden
 
     def take(self) -> Tensor:
-        """The trunk's output of the forward that just ran, (B, T, H); it is not kept."""
-        trunk_BTH, self._last = self._last, None
-        assert trunk_BTH is not None, "no forward ran since the last take()"
-        return trunk_BTH
+        """What entered the block in the forward that just ran, (B, T, H); it is not kept."""
+        hidden_BTH, self._last = self._last, None
+        assert hidden_BTH is not None, "no forward ran since the last take()"
+        return hidden_BTH
 
 
 def cast_input(block: nn.Module) -> None:
@@ -138,7 +145,7 @@ class Top:
     ):
         module = decoder.module
         self.start = start
-        self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(module.forward).parameters
         self._embedding_dim = int(cast(nn.Embedding, decoder.lm.get_input_embeddings()).weight.shape[1])
         self._trunk: Tensor | None = None
         if start == 0:
@@ -168,7 +175,7 @@ class Top:
         The trunk's output is kept until the next call, because gradient checkpointing runs the blocks a second time.
         """
         inputs: dict = {"attention_mask": mask_BT, "use_cache": False}
-        if self._takes_positions:
+        if self.takes_positions:
             inputs["position_ids"] = positions_BT
         if self.start == 0:
             return self._module(input_ids=ids_BT, **inputs).last_hidden_state

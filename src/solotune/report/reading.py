@@ -78,8 +78,10 @@ def read_run(run_dir: Path) -> Run:
     for line in _read_lines(run_dir / "metrics.jsonl", notes):
         by_round[line["round"]] = line  # a resumed run may write a round again: the last one counts
     evaluations: dict[int, list[dict[str, Any]]] = {}
-    for line in _read_lines(run_dir / "samples.jsonl", notes):
-        evaluations.setdefault(line["round"], []).append(line)
+    samples = _read_lines(run_dir / "samples.jsonl", notes)
+    for line in samples:
+        if line.get("setting") == samples[0].get("setting"):  # of a generation sweep, its first value
+            evaluations.setdefault(line["round"], []).append(line)
     summary = _read_summary(run_dir / "summary.json", notes)
     config = run_dir / "config.yaml"
     return Run(

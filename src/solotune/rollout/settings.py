@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 KNOWN = frozenset(
     {
@@ -18,6 +18,36 @@ KNOWN = frozenset(
         "use_cache",
     }
 )
+
+
+LIST_VALUED = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "eos_token_id",
+        "force_words_ids",
+        "forced_eos_token_id",
+        "sequence_bias",
+        "stop_strings",
+        "suppress_tokens",
+    }
+)
+"""Arguments that transformers takes as lists; a list for any other one is a sweep."""
+
+
+class Setting(NamedTuple):
+    """One of the ways an evaluation samples: `label` is '' or, in a sweep, `@temperature=0.7`."""
+
+    label: str
+    gen_kwargs: dict[str, Any]
+
+
+def sweep(gen_kwargs: dict[str, Any]) -> list[Setting]:
+    """`gen_kwargs` once for each value of the argument that is a list (trlX's generation sweeps), else as they are."""
+    for name, values in gen_kwargs.items():
+        if isinstance(values, list) and name not in LIST_VALUED:
+            return [Setting(f"@{name}={value}", {**gen_kwargs, name: value}) for value in values]
+    return [Setting("", gen_kwargs)]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from solotune.errors import ConfigError, ModelError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.rewards import score
-from solotune.rollout.settings import SamplingSettings
-from solotune.trainers import checkpoint
+from solotune.rollout.settings import SamplingSettings, sweep
+from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, round_progress
 from solotune.trainers.evaluation import Evaluation, evaluate
@@ -88,7 +89,7 @@ class Trainer(ABC):
 
         self._eos, self._stops = _eos_token_ids(policy, self.tokenizer), list(stop_sequences)
         self._gen_kwargs: dict[str, Any] = getattr(config.method, "gen_kwargs", {})
-        self.eval_settings = self.settings(self._gen_kwargs)
+        self.eval_settings = [(s.label, self.settings(s.gen_kwargs)) for s in sweep(self._gen_kwargs)]
         self._sample_eval = self.sampler(eval_prompts, eval_ids, Stream.EVALUATION)
         if prompts is not None:
             self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
@@ -105,8 +106,11 @@ class Trainer(ABC):
     def train_round(self) -> dict[str, Any]:
         """One round; returns its metrics."""
 
-    def learn(self, resume_from: Path | None = None) -> None:
-        """Train for the planned rounds, evaluating before the first, at every `eval_interval` and at the end."""
+    def learn(self, resume_from: Path | None = None, on_round: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Train for the planned rounds, evaluating before the first, at every `eval_interval` and at the end.
+
+        `on_round` is called after each round with its metrics.
+        """
         self.say(self.plan.line)
         if resume_from is not None:
             self.load_state(checkpoint.restore(resume_from, self.model, self.optimizer.optimizer))
@@ -115,9 +119,19 @@ class Trainer(ABC):
             self.evaluate_and_record()
         with round_progress(self.plan.rounds, self.rounds_done, self.accelerator.is_main_process) as progress:
             while self.steps_done < self.plan.total_steps:
-                progress.advance(self.train_round())
+                metrics = self.train_round()
+                progress.advance(metrics)
+                self.post_epoch_callback()
+                if on_round is not None:
+                    on_round(metrics)
         if self.evaluated_step != self.steps_done:  # resumed with nothing left to do
             self.evaluate_and_record()
+
+    def post_epoch_callback(self) -> None:  # noqa: B027  may be overridden, need not be
+        """For subclasses: called after every round (trlX's name)."""
+
+    def post_backward_callback(self) -> None:  # noqa: B027
+        """For subclasses: called after every pass over the rollouts of a round (trlX's name)."""
 
     def score(self, texts: Texts) -> list[Any]:
         """The reward function's answer: a number or a list of numbers a sample."""
@@ -149,35 +163,45 @@ class Trainer(ABC):
         metrics["memory/peak_bytes"] = peak_memory_bytes(self.device)
         if self.run is not None:
             self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
-        self.accelerator.log(metrics, step=self.steps_done)
+        vf_coef = float(getattr(self.config.method, "vf_coef", 0.0))
+        self.accelerator.log(tracking.round_names(metrics, vf_coef), step=self.steps_done)
         if is_over or self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval:
             self.save_checkpoint()
 
-    def evaluate(self) -> Evaluation:
-        """Sample the evaluation prompts with the same random numbers as ever, and score them."""
+    def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:
+        """Sample the evaluation prompts with the same random numbers as ever, and score them.
+
+        Args:
+            settings: how to sample, default `gen_kwargs` (of a sweep, its first value).
+        """
         with self.clock.phase("evaluate"):
             return evaluate(
                 self.accelerator,
                 self.policy,
                 self._sample_eval,
                 self.n_eval_prompts,
-                self.eval_settings,
+                settings or self.eval_settings[0][1],
                 self.score,
                 self.metric_fn,
                 self.micro_batch,
             )
 
     def evaluate_and_record(self) -> Evaluation:
-        """Evaluate, append the samples to the run's file, keep the best model."""
-        evaluation = self.evaluate()
+        """Evaluate, append the samples to the run's file, keep the best model.
+
+        A generation sweep (a list in `gen_kwargs`) is evaluated at each of its values; the first one is what counts.
+        """
+        evaluations = [(label, self.evaluate(settings)) for label, settings in self.eval_settings]
+        evaluation = evaluations[0][1]
         self.first_evaluation = self.first_evaluation or evaluation
         self.last_evaluation, self.evaluated_step = evaluation, self.steps_done
-        if self.run is not None:
-            place = {"round": self.rounds_done, "step": self.steps_done}
-            self.run.append(self.run.samples, [{**place, **sample} for sample in evaluation.samples])
-        named = {"eval/reward": evaluation.reward, "eval/kl": evaluation.kl}
-        named |= {f"metrics/{name}": value for name, value in evaluation.metrics.items()}
-        self.accelerator.log(named, step=self.steps_done)
+        for label, each in evaluations:
+            if self.run is not None:
+                place = {"round": self.rounds_done, "step": self.steps_done}
+                place |= {"setting": label.removeprefix("@")} if label else {}
+                self.run.append(self.run.samples, [{**place, **sample} for sample in each.samples])
+            self.accelerator.log(tracking.evaluation_names(each, label), step=self.steps_done)
+            tracking.log_samples(self.accelerator, each, self.steps_done, label)
         if evaluation.reward > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
             self.best_reward = evaluation.reward
             if self.run is not None:
@@ -193,14 +217,44 @@ class Trainer(ABC):
 
     def save_checkpoint(self) -> None:
         """Save what resuming needs, at the end of a round."""
+        if self.run is not None:
+            self.save(self.run.checkpoints)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint, `step_N`, into a folder: what resuming needs (not with `train.save_optimizer` false), and
+        in `hf_model` what PEFT or transformers load. Of those in the folder the last two are kept."""
         self.accelerator.wait_for_everyone()
-        if self.run is not None and self.accelerator.is_main_process:
-            checkpoint.save(self.run.checkpoints, self.steps_done, self.model, self.optimizer.optimizer, self.state())
+        if self.accelerator.is_main_process:
+            optimizer = self.optimizer.optimizer if self.config.train.save_optimizer else None
+            with checkpoint.writing(Path(folder), self.steps_done) as aside:
+                self.save_pretrained(aside / "hf_model")
+                if optimizer is not None:
+                    checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state())
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from a checkpoint that `save` wrote: its `step_N` folder, or the newest in the folder it was given."""
+        found = checkpoint.newest(Path(folder))
+        if found is None:
+            raise ConfigError(f"{str(folder)!r} holds no checkpoint; allowed are what save() was given, and its step_N")
+        self.load_state(checkpoint.restore(found, self.model, self.optimizer.optimizer))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """`transformers.generate` of the tuned model, with the configuration's `gen_kwargs` where none are given."""
-        options = {**self._gen_kwargs, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
-        return self.model.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[operator]
+        """`transformers.generate` of the tuned model, with the `gen_kwargs` of rollouts where none are given."""
+        own = getattr(self.config.method, "gen_experience_kwargs", None) or sweep(self._gen_kwargs)[0].gen_kwargs
+        return self._hf_generate(input_ids, attention_mask, {**own, **kwargs})
+
+    def generate_eval(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The same with the `gen_kwargs` of evaluations."""
+        return self._hf_generate(input_ids, attention_mask, {**sweep(self._gen_kwargs)[0].gen_kwargs, **kwargs})
+
+    @torch.no_grad()
+    def _hf_generate(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        ids = input_ids.to(self.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+        if options.get("eos_token_id") == -1:
+            options["eos_token_id"] = None
+        options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
+        return self.model.backbone.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
 
     @property
     def model(self) -> PolicyModel:

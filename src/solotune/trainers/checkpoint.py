@@ -2,14 +2,17 @@
 
 checkpoints/step_000400/  tensors.safetensors   trained tensors, optimizer state, torch's random state
                               state.json           round, step, controller, moments, schedule, other random states
+                              hf_model/            what PEFT or transformers load, and the critic
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,30 @@ from solotune.errors import ConfigError
 KEEP = 2
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write a checkpoint aside and rename it when it is whole; older ones but the last are removed after that.
+@contextlib.contextmanager
+def writing(folder: Path, step: int) -> Iterator[Path]:
+    """A folder to fill that is renamed to `step_N` when the block ends; older ones but the last are removed after that.
 
     Args:
         folder: the run's `checkpoints`.
         step: optimizer steps so far, in the checkpoint's name.
+    """
+    target = folder / f"step_{step:06d}"
+    aside = folder / f".{target.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    for old in _by_step(folder.glob("step_*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write what resuming needs into a folder.
+
+    Args:
+        step: optimizer steps so far.
         model: its trained tensors are written, the frozen ones are not.
         state: what else there is, JSON.
     """
@@ -45,22 +66,26 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
         "python_random": random.getstate(),
         "numpy_random": _numpy_random_state(),
     }
-    target = folder / f"step_{step:06d}"
-    aside = folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "tensors.safetensors")
-    (aside / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
-    for old in saved(folder)[:-KEEP]:
-        shutil.rmtree(old)
-    return target
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def saved(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((path.parent for path in folder.glob("step_*/state.json")), key=lambda path: int(path.name[5:]))
+    """The whole checkpoints in a folder that can be resumed, oldest first."""
+    return _by_step(path.parent for path in folder.glob("step_*/state.json"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The folder itself where it is a checkpoint, else the newest one in it or in its `checkpoints`; None if there is
+    none."""
+    if (folder / "state.json").exists():
+        return folder
+    found = saved(folder / "checkpoints") or saved(folder)
+    return found[-1] if found else None
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    return sorted((path for path in paths if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class RoundProgress:
 
 @contextlib.contextmanager
 def round_progress(total: int, done: int, shown: bool) -> Iterator[RoundProgress]:
-    """A progress bar while the block runs; nothing where it is not `shown`."""
-    if not shown:
+    """A progress bar while the block runs; nothing where it is not `shown`, or in a notebook: its bars need widgets."""
+    if not shown or console.is_jupyter:
         yield RoundProgress(None, total, done)
         return
     columns = (

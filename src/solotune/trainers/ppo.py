@@ -15,27 +15,36 @@ Shapes: N rollouts of this process and round, T response length, S positions fed
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from solotune.algorithms.advantages import gae, whiten
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController, k1
-from solotune.algorithms.ppo import explained_variance, ppo_loss
+from solotune.algorithms.ppo import PPOLoss, explained_variance, ppo_loss
 from solotune.algorithms.rewards import RunningMoments, scale_and_clip, token_rewards
+from solotune.config import PPOConfig, TRLConfig, describe_steps
 from solotune.data.prompts import Prompts
-from solotune.errors import ConfigError, RewardError
+from solotune.errors import ConfigError
+from solotune.methods import LOSS_NAMES
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
-from solotune.rollout.settings import SamplingSettings
+from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import PromptOrder, minibatches
+from solotune.trainers.registry import register_trainer
+from solotune.trainers.rollout_log import RolloutLog
 
-if TYPE_CHECKING:
-    from solotune.config import TRLConfig
+log = logging.getLogger("solotune")
+
+
+def overrides(method: PPOConfig, name: str) -> bool:
+    """Whether a user's own method config has another function of this name than `PPOConfig`."""
+    return getattr(type(method), name) is not getattr(PPOConfig, name)
 
 
 class Credit(NamedTuple):
@@ -59,11 +68,15 @@ class Credit(NamedTuple):
 def room_for_prompts(config: TRLConfig) -> int:
     """Tokens a prompt may have: `train.seq_length` less the longest response of rollouts and evaluations."""
     method: Any = config.method
-    settings = [method.gen_kwargs, method.gen_experience_kwargs or method.gen_kwargs]
+    settings = [setting.gen_kwargs for setting in sweep(method.gen_kwargs)]
+    if method.gen_experience_kwargs is not None:
+        settings.append(method.gen_experience_kwargs)
     longest = max(SamplingSettings.from_gen_kwargs(kwargs, None).max_new_tokens for kwargs in settings)
     return config.train.seq_length - longest
 
 
+@register_trainer("AcceleratePPOTrainer")
+@register_trainer
 class PPOTrainer(Trainer):
     """Tunes a language model with PPO; see `Trainer` for the arguments.
 
@@ -75,22 +88,26 @@ class PPOTrainer(Trainer):
     def __init__(
         self, config: TRLConfig, reward_fn: Callable[..., Any], prompts: Prompts, eval_prompts: Prompts, **shared: Any
     ):
-        from solotune.config import PPOConfig, describe_steps
-
         method = config.method
         if not isinstance(method, PPOConfig):
             raise ConfigError(f"method.name {method.name!r} is not PPO; this trainer needs a PPOConfig")
-        rollout_kwargs = method.gen_experience_kwargs or method.gen_kwargs
         room = room_for_prompts(config)
         super().__init__(config, describe_steps(config), reward_fn, eval_prompts, room, prompts=prompts, **shared)
         self.method = method
-        self.rollout_settings = self.settings(rollout_kwargs)
+        of_eval = sweep(method.gen_kwargs)
+        self.rollout_settings = self.settings(method.gen_experience_kwargs or of_eval[0].gen_kwargs)
+        if len(of_eval) > 1 and method.gen_experience_kwargs is None:
+            self.say(f"rollouts are sampled with {of_eval[0].label[1:]}, the first of method.gen_kwargs' sweep")
         self.order = PromptOrder(len(prompts), config.train.seed)
         self.kl_controller: FixedKLController | AdaptiveKLController = FixedKLController(method.init_kl_coef)
         if method.target is not None:
             self.kl_controller = AdaptiveKLController(method.init_kl_coef, method.target, method.horizon)
+        self.rollout_log = None
+        if config.train.rollout_logging_dir is not None:
+            self.rollout_log = RolloutLog(config, self.accelerator)
         self.moments = RunningMoments(self.sum_over_processes)
         self.ref_std = method.ref_std
+        self._told_surplus = False
         if self.rollout_settings.is_biased:
             self.say(
                 f"method.gen_kwargs: top_k={self.rollout_settings.top_k} and top_p={self.rollout_settings.top_p} draw "
@@ -104,7 +121,10 @@ class PPOTrainer(Trainer):
             rollouts = self.sample_rollouts()
         with self.clock.phase("score"):
             texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings)
-            scores = self._as_tensor(self.score(texts), rollouts)
+            given = self.score(texts)
+            scores = self._as_tensor(given, rollouts)
+        if self.rollout_log is not None:
+            self.rollout_log.write(rollouts, texts, given)
         with self.clock.phase("measure"):
             measured = self.measure(rollouts)
         with self.clock.phase("credit"):
@@ -147,6 +167,11 @@ class PPOTrainer(Trainer):
         kl_NT = k1(measured.logprobs_bT, measured.ref_logprobs_bT, mask_NT)
         kl_coef = self.kl_controller.value
         rewards_NT = token_rewards(scaled.scores, kl_NT, kl_coef, mask_NT)
+        if overrides(self.method, "get_advantages_and_returns"):
+            width_T = mask_NT.shape[1]
+            own_NT = self.method.get_advantages_and_returns(measured.values_bT, rewards_NT, width_T)
+            advantages_NT, returns_NT = (x_NT.detach().masked_fill(~mask_NT, 0.0) for x_NT in own_NT)
+            return Credit(advantages_NT, returns_NT, rewards_NT, kl_NT, kl_coef)
         advantages_NT, returns_NT = gae(rewards_NT, measured.values_bT, mask_NT, self.method.gamma, self.method.lam)
         return Credit(whiten(advantages_NT, mask_NT, self.sum_over_processes), returns_NT, rewards_NT, kl_NT, kl_coef)
 
@@ -155,14 +180,14 @@ class PPOTrainer(Trainer):
 
         Numbers stay on the device until the end, so that the host never waits within an update.
         """
-        rows_of: list[Tensor] = []
+        steps: list[Tensor] = []
         for epoch in range(self.method.ppo_epochs):
             counter = self.rounds_done * self.method.ppo_epochs + epoch
-            rows_of += minibatches(rollouts.n_rollouts, self.config.train.batch_size, self.config.train.seed, counter)
-        steps: list[Tensor] = []
-        for rows in rows_of[: self.plan.total_steps - self.steps_done]:
-            steps.append(self.optimizer_step(rollouts, measured, credit, rows.to(self.device)))
-            self.steps_done += 1
+            batches = minibatches(rollouts.n_rollouts, self.config.train.batch_size, self.config.train.seed, counter)
+            for rows in batches[: self.plan.total_steps - self.steps_done]:
+                steps.append(self.optimizer_step(rollouts, measured, credit, rows.to(self.device)))
+                self.steps_done += 1
+            self.post_backward_callback()
         names = (
             *("policy/loss", "value/loss", "policy/approx_kl", "policy/clipfrac", "value/clipfrac", "policy/ratio"),
             "policy/grad_norm",
@@ -184,7 +209,7 @@ class PPOTrainer(Trainer):
             is_last = index + 1 == len(parts)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.policy):
                 now: Measured = self.policy("update", rollouts.select(part), self.rollout_settings.temperature)
-                loss = ppo_loss(
+                loss = self._loss(
                     now.logprobs_bT,
                     now.values_bT,
                     measured.logprobs_bT[part],
@@ -192,10 +217,7 @@ class PPOTrainer(Trainer):
                     credit.advantages_NT[part],
                     credit.returns_NT[part],
                     rollouts.response_mask_NT[part],
-                    cliprange=self.method.cliprange,
-                    cliprange_value=self.method.cliprange_value,
-                    vf_coef=self.method.vf_coef,
-                    denominator=tokens,
+                    tokens,
                 )
                 self.accelerator.backward(loss.loss)
             totals[:6] += torch.stack(
@@ -209,19 +231,45 @@ class PPOTrainer(Trainer):
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
+    def _loss(self, *tensors: Tensor) -> PPOLoss:
+        """The clipped losses of a micro-batch, or what a user's own `PPOConfig.loss` makes of it.
+
+        The last tensor is what sums are divided by.
+        """
+        *given, tokens = tensors
+        if not overrides(self.method, "loss"):
+            return ppo_loss(
+                *given,
+                cliprange=self.method.cliprange,
+                cliprange_value=self.method.cliprange_value,
+                vf_coef=self.method.vf_coef,
+                denominator=tokens,
+            )
+        loss, stats = self.method.loss(*given)
+        share = given[-1].sum() / tokens
+        known = {field: stats.get(name, math.nan) for field, name in LOSS_NAMES.items()}
+        scaled = {field: share * torch.as_tensor(value, device=self.device) for field, value in known.items()}
+        return PPOLoss(**{**scaled, "loss": share * loss})
+
     def _as_tensor(self, scores: list[Any], rollouts: Rollouts) -> Tensor:
         """Scores (N,), or dense ones (N, T)."""
         if not isinstance(scores[0], list):
             return torch.tensor(scores, dtype=torch.float32, device=self.device)
         lengths = rollouts.response_mask_NT.sum(-1).tolist()
         dense = torch.zeros(rollouts.response_mask_NT.shape, device=self.device)
+        surplus = 0
         for row, (values, length) in enumerate(zip(scores, lengths, strict=True)):
-            if len(values) > length:
-                raise RewardError(
-                    f"reward_fn returned {len(values)} numbers for sample {row}, whose response has {length} tokens; "
-                    "allowed is at most one a response token"
-                )
-            dense[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+            kept = [*values[: length - 1], sum(values[length - 1 :])] if len(values) > length else values
+            surplus += len(values) > length
+            dense[row, : len(kept)] = torch.tensor(kept, dtype=torch.float32)
+        if surplus and not self._told_surplus:
+            self._told_surplus = True
+            log.warning(
+                "reward_fn returned more numbers than the response has tokens for %d of %d samples (a text that is "
+                "encoded anew can have more tokens than were sampled); what is too many is added to the last token's",
+                surplus,
+                len(scores),
+            )
         return dense
 
     def _round_metrics(

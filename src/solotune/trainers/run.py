@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import sys
 import warnings
@@ -13,28 +12,34 @@ from typing import Any
 
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
-from solotune.data.prompts import Prompts, encode, load_eval_prompts, load_prompts
-from solotune.errors import ConfigError, MissingExtraError, NotYetError
+from solotune.data.prompts import Prompts, encode, fitting, load_eval_prompts, load_prompts
+from solotune.errors import ConfigError, NotYetError
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
 from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
-from solotune.trainers import checkpoint
+from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.ppo import PPOTrainer, room_for_prompts
+from solotune.trainers.registry import get_pipeline, get_trainer
 from solotune.trainers.run_folder import RunFolder
 
 log = logging.getLogger("solotune")
 
 
-def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float | None = None) -> PPOTrainer:
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    started: float | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+) -> PPOTrainer:
     """Train what a recipe says and leave a run folder.
 
     Args:
@@ -42,6 +47,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float |
         out: the run's folder; an existing run there is moved aside unless it is resumed.
         resume: continue from the newest checkpoint in `out`.
         started: `time.perf_counter()` when the command began, default now.
+        on_round: called after each round with its metrics.
     """
     config = recipe.config
     _supported(config)
@@ -50,8 +56,11 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float |
     config.check()
     prompts, eval_prompts = load_prompts(recipe.data), load_eval_prompts(recipe.data)
     tokenizer = load_tokenizer(config.tokenizer)
+    room, special = room_for_prompts(config), config.tokenizer.add_special_tokens
+    if recipe.data.long_prompts == "drop":
+        prompts, eval_prompts = (fitting(given, tokenizer, room, special) for given in (prompts, eval_prompts))
     for given in (prompts, eval_prompts):  # what is too long is said before a reward model is trained
-        encode(given, tokenizer, room_for_prompts(config), config.tokenizer.add_special_tokens)
+        encode(given, tokenizer, room, special)
     # What does not fit the model is said before a reward model is trained and weights are loaded.
     build_scheduler(
         config.scheduler, build_optimizer(config.optimizer, build_policy(config, meta=True).trainable_parameters())
@@ -59,7 +68,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool = False, started: float |
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
     resume = resume or config.train.resume_from_checkpoint is not None
-    return _run(config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock)
+    return _run(config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock, on_round=on_round)
 
 
 def train(
@@ -115,11 +124,10 @@ def train(
     accelerator = _accelerator(config, out)
     tokenizer = load_tokenizer(config.tokenizer)
     batch = config.train.batch_size * accelerator.num_processes
-    start = tokenizer.bos_token or tokenizer.eos_token
-    given = Prompts.from_list(list(prompts) if prompts is not None else [start] * batch)
-    given_eval = Prompts.from_list(list(eval_prompts)) if eval_prompts is not None else given.select(
-        range(min(batch, len(given)))
-    )  # fmt: skip
+    given = _prompts(config, prompts, tokenizer, batch)
+    given_eval = given.select(range(min(batch, len(given))))
+    if eval_prompts is not None:
+        given_eval = _prompts(config, eval_prompts, tokenizer, batch)
     resume = config.train.resume_from_checkpoint is not None
     return _run(
         config,
@@ -148,19 +156,21 @@ def _run(
     clock: Clock,
     metric_fn: Callable[..., dict[str, Any]] | None = None,
     stop_sequences: Sequence[str] = (),
+    on_round: Callable[[dict[str, Any]], None] | None = None,
 ) -> PPOTrainer:
     main = accelerator.is_main_process
     start_from = _checkpoint_to_resume(config, out) if resume else None
     set_seed(config.train.seed)
-    trainer = PPOTrainer(
-        config,
-        reward_fn,
-        prompts,
-        eval_prompts,
+    trainer = get_trainer(config.train.trainer)(
+        config=config,
+        reward_fn=reward_fn,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
         metric_fn=metric_fn,
         stop_sequences=stop_sequences,
         accelerator=accelerator,
         clock=clock,
+        **config.train.trainer_kwargs,
     )
     # Only now: what could be wrong with the settings did not cost an earlier run its place.
     trainer.run = run = RunFolder(out, writes=main, continued=_is_within(start_from, out))
@@ -168,13 +178,12 @@ def _run(
     if main:
         saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn)
         saved.save_yaml(out / "config.yaml", versions())
-        tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
+        tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
         console.print(
             f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False
         )
-    if config.train.tracker is not None:
-        accelerator.init_trackers(config.train.project_name, config=_flat(config.to_dict()))
-    trainer.learn(start_from)
+    tracking.start(accelerator, config, out.name)
+    trainer.learn(start_from, on_round)
     finish(trainer, run)
     accelerator.end_training()
     return trainer
@@ -192,7 +201,7 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
     with clock.phase("save"):
         is_adapter = hasattr(trainer.model.backbone, "peft_config")
         trainer.save_pretrained(run.path / ("adapter" if is_adapter else "model"))
-    tree = parameter_tree(trainer.model.backbone, trainer.model.value_head)
+    tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
     tokens = trainer.rollout_tokens
     summary = {
         "reward_before": before.reward,
@@ -224,15 +233,9 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
 def _supported(config: TRLConfig) -> None:
     if not isinstance(config.method, PPOConfig):
         raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed is 'PPOConfig'")
-    train = config.train
-    if train.rollout_logging_dir is not None:
-        raise NotYetError("train.rollout_logging_dir is not there yet; remove it")
-    for name, known in (("trainer", "accelerateppotrainer"), ("pipeline", "promptpipeline")):
-        if getattr(train, name).lower() != known:
-            raise NotYetError(f"train.{name} {getattr(train, name)!r} is not there yet; allowed is its default")
+    get_trainer(config.train.trainer)
+    get_pipeline(config.train.pipeline)
     ignored = {
-        "train.trainer_kwargs": bool(train.trainer_kwargs),
-        "train.save_optimizer": not train.save_optimizer,
         "tokenizer.padding_side": config.tokenizer.padding_side != "left",
         "method.ref_mean": config.method.ref_mean is not None,
     }
@@ -244,7 +247,9 @@ def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
     # Forward passes of evaluations differ in number between processes, and no buffer is trained.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
-        log_with=_tracker(config), project_dir=config.train.logging_dir or str(out), kwargs_handlers=[ddp]
+        log_with=tracking.available_tracker(config.train.tracker),
+        project_dir=config.train.logging_dir or str(out),
+        kwargs_handlers=[ddp],
     )
     show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
     # peft asks transformers for it under the old name; nothing a user could change
@@ -254,27 +259,33 @@ def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def _tracker(config: TRLConfig) -> str | None:
-    name = config.train.tracker
-    if name is not None and name not in {str(tracker) for tracker in get_available_trackers()}:
-        raise MissingExtraError(f"train.tracker is {name!r}, which is not installed: pip install 'solotune[trackers]'")
-    return name
+def _prompts(config: TRLConfig, rows: Sequence[Any] | None, tokenizer: Any, batch: int) -> Prompts:
+    """A script's prompts, by its own pipeline if it registered one; by default the BOS, `batch` times."""
+    pipeline = get_pipeline(config.train.pipeline)
+    if rows is None:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return Prompts([""] * batch, ids=[[start]] * batch)
+    if pipeline is None:
+        return Prompts.from_list(list(rows))
+    encoded = pipeline(list(rows), room_for_prompts(config), tokenizer)
+    items = [dict(encoded[index]) for index in range(len(encoded))]
+    ids = [[int(token) for token in item.pop("input_ids")] for item in items]
+    names = [name for name in (items[0] if items else {}) if name != "attention_mask"]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Prompts(texts, {name: [item[name] for item in items] for name in names}, ids)
 
 
 def _checkpoint_to_resume(config: TRLConfig, out: Path) -> Path | None:
     given = config.train.resume_from_checkpoint
-    if given is not None and (Path(given) / "state.json").exists():
-        return Path(given)
-    found = checkpoint.saved((Path(given) if given is not None else out) / "checkpoints")
-    if not found and given is not None:
+    found = checkpoint.newest(Path(given) if given is not None else out)
+    if found is None and given is not None:
         raise ConfigError(
             f"train.resume_from_checkpoint {given!r} holds no checkpoint; allowed are a run's folder and a step_N "
             "folder in its checkpoints"
         )
-    if not found:
-        log.warning("nothing to resume in %s: starting from the beginning", given or out)
-        return None
-    return found[-1]
+    if found is None:
+        log.warning("nothing to resume in %s: starting from the beginning", out)
+    return found
 
 
 def _is_within(start_from: Path | None, out: Path) -> bool:
@@ -303,16 +314,3 @@ def _rows(prompts: Prompts) -> list[Any]:
         return list(prompts.texts)
     columns = {"prompt": prompts.texts, **prompts.metadata}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, with values every tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                value if isinstance(value, (int, float, str, bool)) else json.dumps(value, default=str)
-            )
-    return flat

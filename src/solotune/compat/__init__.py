@@ -1,0 +1,1 @@
+"""Scripts written for other libraries, run unchanged on this one."""

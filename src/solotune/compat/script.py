@@ -1,0 +1,92 @@
+"""Running a trlX script: `import trlx` and its submodules mean `solotune.compat.trlx`, in this process only."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from solotune.compat.shims import tell_once
+from solotune.errors import ConfigError, SolotuneError
+from solotune.trainers.console import show_logs
+
+OURS = "solotune.compat."
+MOVED = {"peft.utils.config": "peft.utils.peft_types"}
+"""Modules of other libraries that scripts of the time import and that have moved since."""
+
+
+class _TrlxModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answers `import trlx...` with the module of the same path under `solotune.compat`, the very same object."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in MOVED and (name.partition(".")[0] != "trlx" or importlib.util.find_spec(OURS + name) is None):
+            return None
+        return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        if spec.name in MOVED:
+            tell_once(f"{spec.name} is {MOVED[spec.name]} now")
+        module = importlib.import_module(MOVED.get(spec.name, OURS + spec.name))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It ran when it was imported; the import system has replaced its spec, which is put back."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """Make `import trlx` mean `solotune.compat.trlx` from here on, also where something called trlx is installed."""
+    if not any(isinstance(finder, _TrlxModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TrlxModules())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trlx"]:
+        if not (sys.modules[name].__name__ or "").startswith(OURS):
+            del sys.modules[name]
+
+
+def run_script(script: str, arguments: Sequence[str] = ()) -> None:
+    """Run a file as `python script arguments` would, with `trlx` being this project.
+
+    Raises:
+        ConfigError: there is no such file.
+        SystemExit: the script exited, or died: then its own traceback has been printed, and the code is 1.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise ConfigError(f"no script {script!r} in {Path.cwd()}: must be a Python file, e.g. ppo_sentiments.py")
+    show_logs(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    install()
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _print_own_traceback(error, path)
+        raise SystemExit(1) from None
+
+
+def _print_own_traceback(error: BaseException, path: Path) -> None:
+    """The traceback from the script's first line on: without the frames that ran it and, where the error is one of ours
+    that says all there is to say, without those below it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [index for index, frame in enumerate(frames) if Path(frame.filename) == path]
+    summary = traceback.TracebackException.from_exception(error)
+    if own:
+        last = own[-1] + 1 if isinstance(error, SolotuneError) else len(frames)
+        summary.stack = traceback.StackSummary.from_list(list(frames)[own[0] : last])
+    if isinstance(error, SolotuneError):
+        summary.__cause__ = summary.__context__ = None
+    print("".join(summary.format()), file=sys.stderr, end="")

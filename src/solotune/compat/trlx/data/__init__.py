@@ -1,0 +1,1 @@
+"""trlX's configuration modules."""

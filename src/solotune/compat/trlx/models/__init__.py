@@ -1,0 +1,1 @@
+"""trlX's model modules."""

@@ -1,0 +1,133 @@
+"""PPO's configuration, KL controllers and value-head models.
+
+trlX had a decoder loop per architecture (`...ModelBranch`) to resume a model at one of its blocks. Here one mechanism
+does that for all of them (`solotune.models.split`), so those classes are gone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from solotune.algorithms.kl import AdaptiveKLController, FixedKLController
+from solotune.compat.shims import absent
+from solotune.config import PPOConfig, default_ppo_config
+from solotune.models.loading import build_policy
+from solotune.models.policy import PolicyModel, WholePass
+from solotune.rollout.records import positions_of
+
+__all__ = [
+    "AdaptiveKLController",
+    "AutoModelForCausalLMWithHydraValueHead",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithHydraValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "CausalLMOutputWithValue",
+    "FixedKLController",
+    "ModelBranch",
+    "PPOConfig",
+    "hf_get_branch_class",
+]
+
+_SEQ2SEQ = "encoder-decoders are not there yet"
+_BRANCH = "not needed: solotune.models.split resumes every architecture by its own forward"
+AutoModelForSeq2SeqLMWithValueHead = absent("AutoModelForSeq2SeqLMWithValueHead", _SEQ2SEQ)
+AutoModelForSeq2SeqLMWithHydraValueHead = absent("AutoModelForSeq2SeqLMWithHydraValueHead", _SEQ2SEQ)
+ModelBranch = GPTModelBranch = OPTModelBranch = BloomModelBranch = absent("ModelBranch", _BRANCH)
+LlamaModelBranch = GPTBigCodeModelBranch = T5Branch = ModelBranch
+hf_get_branch_class = absent("hf_get_branch_class", _BRANCH)
+
+
+class CausalLMOutputWithValue(ModelOutput):
+    """logits (B, T, V) and value (B, T)."""
+
+    logits: Tensor | None = None
+    value: Tensor | None = None
+
+
+class AutoModelForCausalLMWithValueHead(nn.Module):
+    """A causal language model and a value head; a face on `PolicyModel`."""
+
+    def __init__(self, policy: PolicyModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PreTrainedModel,
+        num_layers_unfrozen: int = -1,
+        num_value_layers_unfrozen: int = 0,
+        peft_config: Any = None,
+        **options: Any,
+    ) -> Any:
+        """A model by name or folder, with the value head (and adapter) that was saved in the folder, or new ones."""
+        folder = Path(str(pretrained_model_name_or_path))
+        if peft_config is None and (folder / "adapter_config.json").exists():
+            lm = AutoModelForCausalLM.from_pretrained(_base_of(folder), **options).requires_grad_(False)
+            policy = PolicyModel(PeftModel.from_pretrained(lm, str(folder), is_trainable=True))
+        else:
+            config = default_ppo_config().evolve(
+                model={
+                    "model_path": pretrained_model_name_or_path,
+                    "num_layers_unfrozen": num_layers_unfrozen,
+                    "peft_config": peft_config,
+                    "model_extra_configs": options,
+                },
+                method={"num_value_layers_unfrozen": num_value_layers_unfrozen},
+            )
+            policy = build_policy(config)
+        policy.load_critic(folder)
+        return cls(policy)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The language model, with its adapter."""
+        return self.policy.backbone
+
+    @property
+    def v_head(self) -> nn.Module:
+        return self.policy.value_head
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+    ) -> CausalLMOutputWithValue:
+        """Logits of the policy and values, at every position."""
+        whole = self._whole(input_ids, attention_mask, position_ids)
+        return CausalLMOutputWithValue(logits=whole.logits_BTV, value=whole.values_BT)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`transformers.generate` of the language model."""
+        return self.policy.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what PEFT or transformers load, and the value head beside it."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.policy.save_pretrained(Path(folder))
+
+    def _whole(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None) -> WholePass:
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        return self.policy("whole", ids_BT, mask_BT, positions_of(mask_BT) if positions_BT is None else positions_BT)
+
+
+class AutoModelForCausalLMWithHydraValueHead(AutoModelForCausalLMWithValueHead):
+    """The same with the frozen reference."""
+
+    @torch.no_grad()
+    def forward_hydra(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Logits of the reference, (B, T, V)."""
+        return self._whole(input_ids, attention_mask, position_ids).ref_logits_BTV
+
+
+def _base_of(folder: Path) -> str:
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)

@@ -1,0 +1,60 @@
+"""`trlx.train`: this project's, with the tracker that a trlX script expects where it names none."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlparse
+
+import solotune
+from solotune.compat.shims import tell_once
+from solotune.compat.trlx.data.default_configs import default_ppo_config
+
+
+def train(
+    model_path: Any = None,
+    reward_fn: Callable[..., Any] | None = None,
+    dataset: Any = None,
+    samples: Sequence[Any] | None = None,
+    rewards: Sequence[float] | None = None,
+    prompts: Sequence[Any] | None = None,
+    eval_prompts: Sequence[Any] | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+    config: solotune.TRLConfig | None = None,
+    stop_sequences: Sequence[str] = (),
+    logit_mask: Any = None,
+) -> Any:
+    """See `solotune.train`. W&B is used where it is installed and logged in, or offline; else a log line says so."""
+    if logit_mask is not None:
+        tell_once("logit_mask is without effect, as in trlX since 0.6")
+    if config is None:
+        tell_once("no config was given: using default_ppo_config()")
+        config = default_ppo_config()
+    if config.train.tracker == "wandb" and (reason := _no_wandb()):
+        tell_once(f"no W&B log ({reason}); the same numbers are in metrics.jsonl")
+        config = config.evolve(train={"tracker": None})
+    return solotune.train(
+        model_path, reward_fn, dataset, samples, rewards, prompts, eval_prompts, metric_fn, config, stop_sequences
+    )
+
+
+def _no_wandb() -> str | None:
+    """Why W&B cannot be used without asking the person anything; None where it can."""
+    if importlib.util.find_spec("wandb") is None:
+        return "it is not installed"
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("debug"):  # noqa: SIM112
+        return None
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    if os.environ.get("WANDB_API_KEY") or _in_netrc(host):
+        return None
+    return "nobody is logged in; WANDB_MODE=offline writes one without"
+
+
+def _in_netrc(host: str | None) -> bool:
+    try:
+        return host is not None and netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

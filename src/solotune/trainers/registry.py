@@ -1,0 +1,80 @@
+"""Trainers and prompt pipelines by name (`train.trainer`, `train.pipeline`): the project's, and a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from solotune.errors import ConfigError, NotYetError
+from solotune.validation import nearest, shown
+
+_TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
+_PIPELINES: dict[str, tuple[str, type]] = {}
+NOT_YET = ("AccelerateILQLTrainer", "AccelerateSFTTrainer", "AccelerateRFTTrainer")
+NEMO = ("NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer")
+
+
+def _register(registry: dict[str, tuple[str, type]], name: Any) -> Any:
+    if isinstance(name, str):
+
+        def register(cls: type) -> type:
+            registry[name.lower()] = (name, cls)
+            return cls
+
+        return register
+    registry[name.__name__.lower()] = (name.__name__, name)
+    return name
+
+
+def register_trainer(name: Any) -> Any:
+    """Class decorator, bare or with a name: makes a `Trainer` known to `train.trainer` (any case)."""
+    return _register(_TRAINERS, name)
+
+
+def register_pipeline(name: Any) -> Any:
+    """Class decorator, bare or with a name: makes a pipeline known to `train.pipeline` (any case).
+
+    It is called with (prompts, max_prompt_length, tokenizer) and is a sequence of mappings with `input_ids`; further
+    keys are metadata.
+    """
+    return _register(_PIPELINES, name)
+
+
+def _known(registry: dict[str, tuple[str, type]]) -> list[str]:
+    return [name for name, _ in registry.values()]
+
+
+def get_trainer(name: str) -> Callable[..., Any]:
+    """The trainer class called `name` in any case.
+
+    Raises:
+        NotYetError: trlX had it, and it is not there yet.
+        ConfigError: nobody registered it; names those that are known.
+    """
+    import solotune.trainers.ppo  # noqa: F401  registers itself
+
+    if name.lower() in _TRAINERS:
+        return _TRAINERS[name.lower()][1]
+    if name.lower() in {other.lower() for other in NOT_YET}:
+        raise NotYetError(f"train.trainer {name!r} is not there yet; there are {', '.join(_known(_TRAINERS))}")
+    if name.lower() in {other.lower() for other in NEMO}:
+        raise NotYetError(
+            f"train.trainer {name!r}: NeMo is not supported; accelerate runs one model on several GPUs. There are "
+            f"{', '.join(_known(_TRAINERS))}"
+        )
+    raise ConfigError(f"train.trainer = {shown(name)}: no such trainer; {nearest(name, _known(_TRAINERS))}")
+
+
+def get_pipeline(name: str) -> Callable[..., Any] | None:
+    """The pipeline class called `name` in any case; None for trlX's own `PromptPipeline`, which is what recipes use.
+
+    Raises:
+        ConfigError: nobody registered it; names those that are known.
+    """
+    if name.lower() in _PIPELINES:
+        return _PIPELINES[name.lower()][1]
+    if name.lower() == "promptpipeline":
+        return None
+    raise ConfigError(
+        f"train.pipeline = {shown(name)}: no such pipeline; {nearest(name, ['PromptPipeline', *_known(_PIPELINES)])}"
+    )

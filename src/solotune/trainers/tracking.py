@@ -1,0 +1,114 @@
+"""Experiment trackers, through `accelerate`: the same numbers under this project's names and under trlX's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from solotune.errors import ConfigError, MissingExtraError
+from solotune.trainers.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from solotune.config import TRLConfig
+
+log = logging.getLogger("solotune")
+
+TRLX_NAMES = {
+    "objective/score": "rollout_scores/mean",
+    "objective/score_std": "rollout_scores/std",
+    "objective/kl_coef": "kl_ctl_value",
+    "policy/loss": "losses/policy_loss",
+    "policy/lr": "learning_rate_group_0",
+    "policy/ratio": "ratio",
+    "value/loss": "losses/value_loss",
+    "value/mean": "values/mean",
+    "value/clipfrac": "values/clipfrac",
+    "time/sample": "time/rollout_generate",
+    "time/score": "time/rollout_score",
+    "time/update": "time/backward",
+    "time/evaluate": "time/generate",
+}
+"""Metrics that trlX logged under another name; `policy/approx_kl` and `policy/clipfrac` it called the same."""
+
+
+def available_tracker(name: str | None) -> str | None:
+    """`name`, where accelerate can log to it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if name is not None and name not in {str(tracker) for tracker in get_available_trackers()}:
+        raise MissingExtraError(
+            f"train.tracker is {name!r}, which is not installed: pip install {name}, or 'solotune[trackers]' for wandb "
+            "and tensorboard; null for none"
+        )
+    return name
+
+
+def start(accelerator: Accelerator, config: TRLConfig, run_name: str) -> None:
+    """Open the tracker of `train.tracker`, with the run's name, entity, group and tags where it is W&B.
+
+    Raises:
+        ConfigError: the tracker refused to start, such as W&B without a login.
+    """
+    train = config.train
+    if train.tracker is None:
+        return
+    wandb = {"name": run_name, "entity": train.entity_name, "group": train.group_name, "tags": train.tags or None}
+    if os.environ.get("debug"):  # noqa: SIM112  trlX's switch
+        wandb["mode"] = "disabled"
+    options = {"wandb": {key: value for key, value in wandb.items() if value is not None}}
+    try:
+        accelerator.init_trackers(train.project_name, config=_flat(config.to_dict()), init_kwargs=options)
+    except Exception as error:  # every tracker has its own
+        raise ConfigError(
+            f"train.tracker {train.tracker!r} did not start: {type(error).__name__}: {error}. Set it up, or choose "
+            "train.tracker: null; the same numbers are in metrics.jsonl"
+        ) from error
+
+
+def round_names(metrics: dict[str, Any], vf_coef: float) -> dict[str, Any]:
+    """A round's metrics, and beside them those that trlX had, under its names."""
+    named = {TRLX_NAMES[name]: value for name, value in metrics.items() if name in TRLX_NAMES}
+    if {"objective/kl", "rollout/response_tokens"} <= metrics.keys():
+        kl, tokens = max(metrics["objective/kl"], 0.0), max(metrics["rollout/response_tokens"], 1.0)
+        named |= {"policy/sqrt_kl": math.sqrt(kl), "policy/kl_per_token": math.sqrt(kl / tokens)}
+    if {"policy/loss", "value/loss"} <= metrics.keys():
+        named["losses/total_loss"] = metrics["policy/loss"] + vf_coef * metrics["value/loss"]
+    if {"time/sample", "time/score"} <= metrics.keys():
+        named["time/rollout_time"] = metrics["time/sample"] + metrics["time/score"]
+    return {**metrics, **named}
+
+
+def evaluation_names(evaluation: Evaluation, label: str = "") -> dict[str, float]:
+    """An evaluation's means under both names; `label` is that of a sweep, such as `@temperature=0.7`."""
+    named = {"eval/reward": evaluation.reward, "eval/kl": evaluation.kl, "reward/mean": evaluation.reward}
+    named |= {f"metrics/{name}": value for name, value in evaluation.metrics.items()}
+    return {f"{name}{label}": value for name, value in named.items()}
+
+
+def log_samples(accelerator: Accelerator, evaluation: Evaluation, step: int, label: str = "") -> None:
+    """The evaluation's samples as a table, where the tracker has tables (W&B)."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_table"):
+            columns = ["prompt", "output", "reward"]
+            rows = [[sample[column] for column in columns] for sample in evaluation.samples]
+            tracker.log_table(f"samples{label}", columns=columns, data=rows, step=step)  # type: ignore[attr-defined]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, with values every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, (int, float, str, bool))
+            flat[f"{prefix}{key}"] = value if plain else json.dumps(value, default=str)
+    return flat

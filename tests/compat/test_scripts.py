@@ -1,0 +1,200 @@
+"""Scripts in trlX's style, run unchanged."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from solotune.trainers.run_folder import read_lines
+from tests.compat.hub import fill_hub, save_imdb
+from tests.tiny import byte_tokenizer
+
+SCRIPTS = Path(__file__).parent / "scripts"
+FEW_STEPS = {"train.total_steps": 16, "train.eval_interval": 8, "train.checkpoint_interval": 16}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return fill_hub(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def run_script(home, tmp_path):
+    """Runs a script of the folder beside, from a folder of its own that has `imdb`, as `solotune trlx` would."""
+    save_imdb(tmp_path)
+
+    def run(name, hparams=None, code=0, before="pass", **environment):
+        shutil.copy(SCRIPTS / name, tmp_path) if (SCRIPTS / name).exists() else None
+        names = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
+        start = f"import sys; {before}; from solotune.cli import main; sys.argv[0] = 'solotune'; main()"
+        arguments = [json.dumps(hparams)] if hparams is not None else []
+        result = subprocess.run(
+            [sys.executable, "-c", start, "trlx", name, *arguments],
+            env={**os.environ, **names, **environment}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert result.returncode == code, result.stdout[-3000:] + result.stderr[-5000:]
+        return result.stdout, result.stderr
+
+    return run
+
+
+def log_records(content, header=7, block=32768):
+    """The records of a log in LevelDB's format: blocks of pieces, each with a checksum, a length and a type."""
+    position, parts = header, []
+    while position + 7 <= len(content):
+        left = block - position % block
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        if left < 7 or kind == 0:
+            position += left
+            continue
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield b"".join(parts)
+            parts = []
+
+
+def of_wandb(folder):
+    """Metric -> values of an offline W&B run, read from its own file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    values: dict[str, list[float]] = {}
+    for data in log_records(next(folder.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            values.setdefault(name, []).append(json.loads(item.value_json))
+    return values
+
+
+def test_the_classic_script(run_script, home, tmp_path):
+    """OPT-1.3B by name, delta_kwargs, IMDB, the sentiment pipeline, W&B offline; only the steps are fewer."""
+    out, _ = run_script("ppo_sentiments_opt.py", FEW_STEPS, WANDB_MODE="offline", WANDB_SILENT="true")
+    run = tmp_path / "ckpts" / "ppo_sentiments_opt"
+    rows, samples = read_lines(run / "metrics.jsonl"), read_lines(run / "samples.jsonl")
+    assert [row["step"] for row in rows] == [16]
+    assert len(samples) == 2 * 16
+    assert "1 round of 128 rollouts" in out
+    curve = of_wandb(tmp_path)
+    means = [sum(s["reward"] for s in samples if s["step"] == step) / 16 for step in (0, 16)]
+    assert curve["reward/mean"] == pytest.approx(means)
+    assert curve["policy/sqrt_kl"] == pytest.approx([max(row["objective/kl"], 0.0) ** 0.5 for row in rows], abs=1e-6)
+    assert {"losses/total_loss", "losses/policy_loss", "losses/value_loss", "kl_ctl_value"} <= curve.keys()
+    assert any(name.startswith("samples/") for name in curve), "the table of samples"
+    # What it saved loads with PEFT alone, and is on the last two blocks.
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "facebook/opt-1.3b"
+    base = AutoModelForCausalLM.from_pretrained(next(home.glob("hub/models--facebook--opt-1.3b/snapshots/*")))
+    tuned = PeftModel.from_pretrained(base, str(tmp_path / "tuned"))
+    layers = {name.split("layers.")[1][0] for name, _ in tuned.named_parameters() if "lora_" in name}
+    assert layers == {"2", "3"}
+    assert load_file(tmp_path / "tuned" / "value_head.safetensors")
+    assert (run / "checkpoints" / "step_000016" / "hf_model" / "adapter_model.safetensors").exists()
+
+
+def test_peft_config_and_tensorboard(run_script, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    hparams = {**FEW_STEPS, "train.tracker": "tensorboard", "train.logging_dir": "logs", "train.batch_size": 16,
+               "method.num_rollouts": 64, "method.gen_kwargs.max_new_tokens": 8}  # fmt: skip
+    out, err = run_script("ppo_sentiments_peft.py", hparams)
+    assert "evaluated:" in out
+    assert "scoring 64" in out + err
+    events = EventAccumulator(str(tmp_path / "logs" / "trlx"))
+    events.Reload()
+    samples = read_lines(tmp_path / "ckpts" / "ppo_sentiments_peft" / "samples.jsonl")
+    read = [event.value for event in events.Scalars("reward/mean")]
+    steps = sorted({sample["step"] for sample in samples})
+    means = [sum(s["reward"] for s in samples if s["step"] == step) / 16 for step in steps]
+    assert read == pytest.approx(means)
+    assert [event.step for event in events.Scalars("losses/policy_loss")] == [16]
+
+
+def test_dense_rewards_metadata_metrics_stop_strings_a_sweep_and_a_value_branch(run_script, tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    hparams = {"train.total_steps": 4, "train.batch_size": 8, "method.num_rollouts": 12, "method.ppo_epochs": 2,
+               "train.tracker": None}  # fmt: skip
+    out, _ = run_script("ppo_dense_sentiments.py", hparams)
+    assert "the last step of each pass learns from 4" in out
+    run = tmp_path / "ckpts" / "ppo_dense_sentiments"
+    samples = read_lines(run / "samples.jsonl")
+    assert {sample["setting"] for sample in samples} == {"temperature=1.0", "temperature=0.7"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["metrics"]["constant"] == 1.0
+    last = [s["reward"] for s in samples if s["setting"] == "temperature=1.0" and s["step"] == 4]
+    assert summary["reward_after"] == pytest.approx(sum(last) / len(last))
+    (logged,) = (tmp_path / "rollouts").glob("run-*")
+    assert json.loads((logged / "config.json").read_text())["method"]["num_rollouts"] == 12
+    (epoch,) = logged.glob("epoch-*.json")
+    rollouts = json.loads(epoch.read_text())
+    assert len(rollouts) == 12
+    assert byte_tokenizer().decode(rollouts[0]["query_tensor"]) == rollouts[0]["prompt"]
+    assert all(len(row["response_tensor"]) <= 10 for row in rollouts)
+    assert list((tmp_path / "saved").glob("step_*/hf_model/model.safetensors"))
+    branch = load_file(run / "model" / "value_head.safetensors")
+    assert any(name.startswith("value_branch.blocks.0") for name in branch)
+    AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+def test_the_lines_of_the_readme(run_script, tmp_path):
+    """The README's script says nothing of its 10,000 steps, so the defaults themselves are made shorter."""
+    shorter = (
+        "import solotune.config as c; default = c.default_ppo_config; "
+        "c.default_ppo_config = lambda: default().evolve(train=dict(total_steps=8), method=dict(num_rollouts=32))"
+    )
+    out, _ = run_script("readme.py", before=shorter)
+    assert "generated torch.Size([1, 66])" in out or "generated torch.Size([1, " in out
+    assert "no W&B log" in out
+    before, after = tmp_path / "ckpts" / "readme.1", tmp_path / "ckpts" / "readme"
+    assert {before.exists(), after.exists()} == {True}
+    first = read_lines(before / "samples.jsonl")[0]
+    assert first["prompt"] == "", "the default prompt is the BOS, of which a person sees nothing"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output_model")
+    assert model.config.model_type == "gpt2"
+
+
+def test_a_method_a_trainer_and_a_pipeline_of_ones_own(run_script, tmp_path):
+    out, _ = run_script("own_parts.py")
+    assert "told: y 6 2 ['QUIET', 'STILL'] 0.5" in out
+    (first, _second) = read_lines(tmp_path / "ckpts" / "own_parts" / "metrics.jsonl")
+    assert first["policy/loss"] == pytest.approx(17.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "unsaid"),
+    [
+        ("def f():\n    return 1 / 0\nf()\n", ["dying.py\", line 2, in f", "ZeroDivisionError"], ["runpy", "typer"]),
+        ("import trlx\ntrlx.train('nowhere/at-all', reward_fn=len, prompts=['a'])\n",
+         ["dying.py\", line 2", "nowhere/at-all"], ["runpy", "run.py"]),
+        ("from trlx.utils.loading import get_trainer\nget_trainer('AcceleratePPOTrainr')\n",
+         ["did you mean AcceleratePPOTrainer"], ["registry.py"]),
+        ("from trlx.data.default_configs import TRLConfig, default_ppo_config as d\n"
+         "TRLConfig.update(d(), {'method.gamm': 1})\n",
+         ["did you mean gamma"], ["validation.py"]),
+        ("from trlx.trainer.nemo_ppo_trainer import NeMoPPOTrainer\nNeMoPPOTrainer(config=None)\n",
+         ["NeMo is not supported"], ["shims.py"]),
+        ("import trlx\ntrlx.train(samples=['a'], rewards=[1.0])\n", ["ILQL"], []),
+    ],
+    ids=["dies", "no such model", "unknown trainer", "unknown setting", "nemo", "offline"],
+)  # fmt: skip
+def test_a_script_that_dies_shows_its_own_line(run_script, tmp_path, body, said, unsaid):
+    (tmp_path / "dying.py").write_text(body)
+    _, err = run_script("dying.py", code=1)
+    for text in said:
+        assert text in err, err
+    for text in unsaid:
+        assert text not in err, err
+
+
+def test_a_script_that_is_not_there(run_script):
+    _, err = run_script("nowhere.py", code=2)
+    assert "no script 'nowhere.py'" in err
