@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -58,6 +59,11 @@ ARCHITECTURES: dict[str, dict] = {
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
+
+
+def import_path() -> str:
+    """PYTHONPATH for a process that imports what this one does."""
+    return os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
 def tiny_config(architecture: str = "opt", **changes: object) -> PreTrainedConfig:

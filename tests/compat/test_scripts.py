@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from solotune.trainers.run_folder import read_lines
 from tests.compat.hub import fill_hub, save_imdb
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, import_path
 
 SCRIPTS = Path(__file__).parent / "scripts"
 FEW_STEPS = {"train.total_steps": 16, "train.eval_interval": 8, "train.checkpoint_interval": 16}
@@ -32,7 +32,7 @@ def run_script(home, tmp_path):
 
     def run(name, hparams=None, code=0, before="pass", **environment):
         shutil.copy(SCRIPTS / name, tmp_path) if (SCRIPTS / name).exists() else None
-        names = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
+        names = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": import_path(), "COLUMNS": "200"}
         start = f"import sys; {before}; from solotune.cli import main; sys.argv[0] = 'solotune'; main()"
         arguments = [json.dumps(hparams)] if hparams is not None else []
         result = subprocess.run(

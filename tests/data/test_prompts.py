@@ -7,8 +7,9 @@ import logging
 import pytest
 
 from solotune.config import DataConfig
-from solotune.data.prompts import Prompts, encode, load_eval_prompts, load_prompts
+from solotune.data.prompts import Prompts, encode, fitting, load_eval_prompts, load_prompts
 from solotune.errors import DataError
+from tests.tiny import byte_tokenizer
 
 
 def test_metadata_stays_beside_its_prompt():
@@ -178,3 +179,38 @@ def test_no_prompts_and_empty_prompts_do_not_reach_the_model(make_tokenizer):
         encode([], make_tokenizer(), 4)
     with pytest.raises(DataError, match="prompt 1 is empty"):
         encode(["a", ""], make_tokenizer("<bos> $A"), 4)
+
+
+def test_a_template_makes_prompts_of_several_columns():
+    rows = [{"instruction": "review it", "input": "a film"}, {"instruction": "praise it", "input": ""}]
+    prompts = load_prompts(DataConfig(prompts=rows, prompt_template="{instruction}: {input}\n"))
+    assert prompts.texts == ["review it: a film\n", "praise it: \n"]
+    assert prompts.metadata["instruction"] == ["review it", "praise it"]
+    with pytest.raises(DataError, match=r"prompt_template.*prompt 0.*instruction.*KeyError 'task'"):
+        load_prompts(DataConfig(prompts=rows, prompt_template="{task}"))
+
+
+def test_a_dialogue_is_a_prompt_up_to_the_last_place_of_the_marker():
+    rows = [{"chosen": "Human: a Assistant: b Human: c Assistant: d"}, {"chosen": "Human: e Assistant: f"}]
+    data = DataConfig(prompts=rows, prompt_column="chosen", prompt_until="Assistant:")
+    assert load_prompts(data).texts == ["Human: a Assistant: b Human: c Assistant:", "Human: e Assistant:"]
+    with pytest.raises(DataError, match=r"prompt 0 has no 'Robot:'"):
+        load_prompts(DataConfig(prompts=rows, prompt_column="chosen", prompt_until="Robot:"))
+
+
+def test_long_prompts_are_left_out_where_that_is_asked_for(caplog):
+    prompts = Prompts(["ab", "abcdef", "abc"], {"n": [1, 2, 3]})
+    with caplog.at_level("INFO"):
+        kept = fitting(prompts, byte_tokenizer(), 3, add_special_tokens=True)
+    assert (kept.texts, kept.metadata) == (["ab", "abc"], {"n": [1, 3]})
+    assert "1 of 3 prompts have more than 3 tokens" in caplog.text
+    with pytest.raises(DataError, match="none of 3 prompts has at most 1 tokens"):
+        fitting(prompts, byte_tokenizer(), 1, add_special_tokens=True)
+
+
+def test_ids_that_are_given_are_used_as_they_are():
+    prompts = Prompts(["", ""], ids=[[257], [257, 1]])
+    assert encode(prompts, byte_tokenizer(), 4) == [[257], [257, 1]]
+    assert prompts.select([1]).ids == [[257, 1]]
+    with pytest.raises(DataError, match="prompt 1 has 2 tokens"):
+        encode(prompts, byte_tokenizer(), 1)

@@ -8,6 +8,7 @@ import pytest
 
 from solotune.errors import DataError
 from solotune.report import write_report
+from solotune.report.reading import read_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -175,6 +176,22 @@ def test_a_round_written_again_after_resuming_counts_once(make_run):
     assert "0.999 in round 25." in html
     (run / "summary.json").unlink()
     assert "4 min 46 s in rounds, so far" in page_of(run)[1].text  # 24 x 11.9 s: the new line has no time
+
+
+def test_of_a_generation_sweep_the_first_setting_is_shown(make_run):
+    run = make_run()
+    once = read_run(run).evaluations
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    swept = [
+        {**line, "setting": setting, "reward": line["reward"] + shift}
+        for setting, shift in (("temperature=1.0", 0.0), ("temperature=0.5", 9.0))
+        for line in lines
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in swept))
+    first = read_run(run).evaluations
+    assert {r: [row["reward"] for row in rows] for r, rows in first.items()} == {
+        r: [row["reward"] for row in rows] for r, rows in once.items()
+    }
 
 
 def test_unreadable_lines_in_between_are_counted(make_run):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 
 import solotune
 from solotune.algorithms.ppo import ppo_loss
+from solotune.config import PPOConfig, register_method
 from solotune.data.prompts import Prompts
 from solotune.trainers.ppo import PPOTrainer
 from solotune.trainers.run_folder import read_lines
@@ -297,6 +300,41 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_folder, tmp_path, kin
         assert {k: v for k, v in one.items() if not k.startswith(timed)} == {
             k: v for k, v in other.items() if not k.startswith(timed)
         }
+
+
+def test_lines_of_lost_rounds_are_written_once(tiny_folder, tmp_path):
+    """Resumed from the last but one checkpoint, as when the last one was lost: every round has one line."""
+    _, folder = run_tiny(tiny_folder, tmp_path, train={"epochs": 3})
+    before = (folder / "samples.jsonl").read_text()
+    *_, newest = sorted((folder / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    _, again = run_tiny(tiny_folder, tmp_path, train={"epochs": 3, "resume_from_checkpoint": str(folder)})
+    assert again == folder
+    assert [row["round"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert (folder / "samples.jsonl").read_text() == before
+
+
+def test_a_loss_of_ones_own_is_weighed_by_its_tokens(tiny_folder):
+    """An override that calls PPO's own loss takes the same step, however the batch is cut."""
+
+    @register_method
+    @dataclass
+    class OwnPPOConfig(PPOConfig):
+        def loss(self, *args, **kwargs):
+            return super().loss(*args, **kwargs)
+
+    found = []
+    for cls in (PPOConfig, OwnPPOConfig):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            tiny_folder, train={"minibatch_size": 1}, method={"gen_kwargs": {"eos_token_id": list(range(60))}}
+        )
+        trainer.method = cls(**{f.name: getattr(trainer.method, f.name) for f in fields(cls) if f.name != "name"})
+        rollouts, measured, credit = prepared(trainer)
+        assert len(set(rollouts.response_mask_NT.sum(-1).tolist())) > 1, "rows of different lengths"
+        found.append(gradients(trainer, rollouts, measured, credit))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
 
 
 @pytest.mark.parametrize(("lora", "name"), [(True, "adapter"), (False, "model")])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from solotune.trainers.run_folder import read_lines
-from tests.tiny import save_tiny
+from tests.tiny import import_path, save_tiny
 
 SCRIPT = """
 import sys, json
@@ -33,7 +33,7 @@ def launch(processes, script, folder, out, sections):
     options = {"--num_machines": "1", "--dynamo_backend": "no", "--mixed_precision": "no", "--main_process_port": "0"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *(word for pair in options.items() for word in pair)]
     command += ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.getcwd(),
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": import_path(),
                    "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
     result = subprocess.run(
         [*command, str(script), str(folder), str(out), json.dumps(sections)],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from solotune.errors import NotYetError
+from solotune.validation import own_copy
 
 log = logging.getLogger("solotune")
 
@@ -48,7 +49,7 @@ LEARNING_RATE = {  # of v0.3, which had them in `train`
 
 def modernised(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of any generation as one of the last; `config` itself is not changed."""
-    sections = {name: dict(values) if isinstance(values, Mapping) else values for name, values in config.items()}
+    sections = own_copy(config)
     model, train = sections.get("model"), sections.get("train")
     if isinstance(model, dict):
         if "tokenizer_path" in model:  # v0.3, v0.4

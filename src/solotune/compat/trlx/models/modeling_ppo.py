@@ -6,6 +6,7 @@ does that for all of them (`solotune.models.split`), so those classes are gone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ LlamaModelBranch = GPTBigCodeModelBranch = T5Branch = ModelBranch
 hf_get_branch_class = absent("hf_get_branch_class", _BRANCH)
 
 
+@dataclass
 class CausalLMOutputWithValue(ModelOutput):
     """logits (B, T, V) and value (B, T)."""
 
@@ -68,14 +70,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         **options: Any,
     ) -> Any:
         """A model by name or folder, with the value head (and adapter) that was saved in the folder, or new ones."""
-        folder = Path(str(pretrained_model_name_or_path))
+        given = pretrained_model_name_or_path
+        folder = Path(given if isinstance(given, str) else "")
         if peft_config is None and (folder / "adapter_config.json").exists():
             lm = AutoModelForCausalLM.from_pretrained(_base_of(folder), **options).requires_grad_(False)
             policy = PolicyModel(PeftModel.from_pretrained(lm, str(folder), is_trainable=True))
         else:
             config = default_ppo_config().evolve(
                 model={
-                    "model_path": pretrained_model_name_or_path,
+                    "model_path": given,
                     "num_layers_unfrozen": num_layers_unfrozen,
                     "peft_config": peft_config,
                     "model_extra_configs": options,
@@ -83,7 +86,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                 method={"num_value_layers_unfrozen": num_value_layers_unfrozen},
             )
             policy = build_policy(config)
-        policy.load_critic(folder)
+        if isinstance(given, str):
+            policy.load_critic(folder)
         return cls(policy)
 
     @property

@@ -115,7 +115,7 @@ def tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def significant(x: Any, ndigits: int = 2) -> Any:
-    """A number with so many significant digits; anything else unchanged."""
+    """A number with one significant digit more than `ndigits` (trlX's rounding); anything else unchanged."""
     if isinstance(x, torch.Tensor):
         x = x.item()
     if not isinstance(x, (int, float)) or not math.isfinite(x) or x == 0:
