@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.tiny import save_tiny
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARK = REPOSITORY / "benchmarks" / "ppo_round.py"
 PEERS = Path(os.environ.get("SOLOTUNE_PEERS") or REPOSITORY / ".venv-peers")
@@ -94,3 +96,27 @@ def test_rollouts_that_do_not_divide_are_refused_with_a_number_that_works() -> N
     assert finished.stdout == ""
     assert "--rollouts 7" in finished.stderr
     assert "try --rollouts 8" in finished.stderr
+
+
+def test_the_gpu_benchmark_on_a_cpu(tmp_path):
+    """Every part of it, on tiny shapes; what it says of a GPU is not tested here."""
+    out = tmp_path / "tiny.json"
+    command = [
+        sys.executable,
+        str(REPOSITORY / "benchmarks" / "gpu.py"),
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny",
+        "--out",
+        str(out),
+    ]
+    subprocess.run(
+        [*command, "--model", str(save_tiny(tmp_path / "model"))], check=True, capture_output=True, timeout=200
+    )
+    result = json.loads(out.read_text())
+    assert [name for name, part in result.items() if isinstance(part, dict) and "failed" in part] == []
+    assert result["parity"]["all"] is True
+    assert result["round"]["seconds_of_625_rounds"] == 625 * result["round"]["seconds_per_round"]
+    assert set(result["decode"]) >= {"1", "4", "copy_bytes_per_second"}
+    assert len(result["learn"]["reward_by_round"]) == 30

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from solotune.config import PPOConfig, TRLConfig, default_ppo_config
+if TYPE_CHECKING:
+    from solotune.config import TRLConfig
 
 VOCABULARY = 259  # 256 bytes, <pad>, <bos>, <eos>
 PAD, BOS, EOS = 256, 257, 258
@@ -103,6 +105,8 @@ def save_tiny(folder: Path, architecture: str = "opt", **changes: object) -> Pat
 
 def tiny_ppo_config(folder: Path, **sections: dict) -> TRLConfig:
     """A round in milliseconds: 8 rollouts of 6 tokens, 2 epochs in batches of 4, LoRA on the last two blocks."""
+    from solotune.config import PPOConfig, default_ppo_config  # not at the top: benchmarks/gpu.py has no pydantic
+
     config = default_ppo_config().evolve(
         train={
             "seq_length": 32,

@@ -6,6 +6,7 @@ solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in 
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     )
     from solotune.trainers.run import train
 
-__version__ = _version("solotune")
+try:
+    __version__ = _version("solotune")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0"
 
 __all__ = [
     "DataConfig",
@@ -53,6 +57,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import on first use: the configuration alone does not need torch."""
+    if name == "logging":  # of `import solotune as trlx`
+        return import_module("solotune.compat.trlx.utils.logging")
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
     return getattr(import_module("solotune.trainers.run" if name == "train" else "solotune.config"), name)

@@ -128,6 +128,34 @@ def tree(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def fit(
+    recipe: RecipeArgument,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="Memory of the GPU.")] = "24GB",
+    overrides: SetOption = None,
+) -> None:
+    """Say how much GPU memory a recipe needs, part by part, without a GPU or weights. Exits 0 if it fits, 1 if not."""
+    config = load_recipe(recipe, overrides).config
+    from rich.console import Console
+
+    from solotune.models import fit as fitting
+    from solotune.models.tree import format_bytes
+
+    limit = fitting.parse_size(gpu)
+    try:
+        found = fitting.fit(config)
+    except SolotuneError as error:
+        raise ConfigError(str(error)) from error
+    Console().print(found.table())
+    if found.total <= limit:
+        typer.echo(f"fits: {format_bytes(found.total)} of {format_bytes(limit)}")
+        return
+    typer.echo(f"does not fit: {format_bytes(found.total)}, more than {format_bytes(limit)}; what would help:")
+    for line in fitting.advice(config, found, limit) or ["a smaller model, or fewer trained blocks"]:
+        typer.echo(f"  {line}")
+    raise typer.Exit(1)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write the HTML page of a run."""
     if not run.is_dir():
@@ -137,7 +165,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
     typer.echo(str(write_report(run)))
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def trlx(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file that imports trlx.")],
     arguments: Annotated[

@@ -105,14 +105,14 @@ class TRLConfig(Section):
     train: TrainConfig
 
     SECTIONS: ClassVar[dict[str, type]] = _SECTIONS
-    ALLOWS_REMAINDERS: ClassVar[bool] = False  # num_rollouts that are no multiple of batch_size, as in trlX
+    AS_TRLX: ClassVar[bool] = False  # uneven batches, prompts cut to fit, the EOS in what rewards see: see docs/trlx.md
 
     def check(self) -> None:
         """Raises ConfigError where settings of one section or of two contradict each other."""
         for name in _SECTIONS:
             getattr(self, name).check()
         problems = [*_nothing_trains(self), *_generation_problems(self), *_adaptive_kl_problems(self)]
-        if not self.ALLOWS_REMAINDERS:
+        if not self.AS_TRLX:
             problems += _remainder_problems(self)
         if problems:
             raise ConfigError("\n".join(problems))
@@ -186,6 +186,9 @@ def _generation_problems(config: TRLConfig) -> Iterable[str]:
         swept = [name for name, values in kwargs.items() if isinstance(values, list) and name not in LIST_VALUED]
         if len(swept) > 1:
             yield f"method.{field_name} has lists for {' and '.join(swept)}: a sweep takes one list at a time"
+        if [] in kwargs.values():
+            name = next(name for name, value in kwargs.items() if value == [])
+            yield f"method.{field_name}.{name} = []: an empty list sweeps over nothing"
         for new_tokens in given if isinstance(given, list) else [given]:
             if new_tokens >= config.train.seq_length:
                 yield (

@@ -195,7 +195,8 @@ class ModelConfig(Section):
     num_layers_unfrozen: -1 everything, k > 0 the last k blocks. LoRA: `delta_kwargs` (trlX v0.4-0.6; on the last
     num_layers_unfrozen blocks) or `peft_config` (PEFT's own settings, as a mapping or an object).
     model_extra_configs: handed to from_pretrained (dtype, trust_remote_code). architecture: keys of the transformers
-    configuration, so that `solotune tree` needs no hub.
+    configuration, so that `solotune tree` needs no hub. quantization: the frozen weights in 4 or 8 bits (bitsandbytes),
+    with LoRA on top; on a GPU.
     """
 
     SECTION: ClassVar[str] = "model"
@@ -207,9 +208,15 @@ class ModelConfig(Section):
     model_extra_configs: FreeDict = field(default_factory=dict)
     delta_kwargs: Annotated[dict[str, Any] | None, PlainValidator(_delta_kwargs)] = None
     architecture: Annotated[dict[str, Any] | None, PlainValidator(_architecture)] = None
+    quantization: Literal["nf4", "int8"] | None = None
 
     def check(self) -> None:
         _refuse_secrets("model.model_extra_configs", self.model_extra_configs)
+        if self.quantization is not None and self.delta_kwargs is None and self.peft_config is None:
+            raise ConfigError(
+                f"model.quantization = {self.quantization}: weights in so few bits cannot be trained themselves; give "
+                "model.delta_kwargs or model.peft_config, or remove it"
+            )
         if self.delta_kwargs is not None and self.peft_config is not None:
             raise ConfigError("model.delta_kwargs and model.peft_config are both given: keep one of them")
         if self.delta_kwargs is not None and self.num_layers_unfrozen == 0:
@@ -286,6 +293,7 @@ class DataConfig(Section):
     columns, e.g. "### Instruction:\n{instruction}". prompt_until: only up to the last place of this text, which is
     kept, e.g. "\n\nAssistant:". prompt_words: only the first so many words. long_prompts: those that `train.seq_length`
     leaves no room for are an error, or are left out. eval_repeats: each evaluation prompt is sampled so many times.
+    stop_sequences: texts that end a response and are cut off it.
     """
 
     SECTION: ClassVar[str] = "data"
@@ -297,6 +305,7 @@ class DataConfig(Section):
     prompt_until: PathText | None = None
     prompt_words: PositiveInt | None = None
     long_prompts: Literal["error", "drop"] = "error"
+    stop_sequences: list[str] = field(default_factory=list)
     max_prompts: PositiveInt | None = None
     eval_prompts: OptionalPrompts = None
     eval_repeats: PositiveInt = 1

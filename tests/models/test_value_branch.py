@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from solotune.errors import ModelError
 from solotune.models.loading import build_policy
+from solotune.models.policy import saved_branch_blocks
 from tests.models.test_split import KINDS, policy_of, rollouts_of
 from tests.tiny import tiny_lm, tiny_ppo_config
 
@@ -47,8 +48,32 @@ def test_a_new_branch_sees_what_the_policy_sees(tiny_folder, architecture, kind,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_value_loss_trains_the_branch_and_not_the_blocks_it_was_copied_from(tiny_folder, checkpointing):
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_gradient_checkpointing_recomputes_the_branch_too(tiny_folder, n_blocks):
+    gradients, recomputed = [], []
+    for checkpointing in (False, True):
+        sections = {
+            "method": {"num_value_layers_unfrozen": n_blocks},
+            "train": {"gradient_checkpointing": checkpointing},
+        }
+        config = tiny_ppo_config(tiny_folder, model=KINDS["last 2 blocks"], **sections)
+        config.model.model_path = tiny_lm("llama")
+        policy = build_policy(config)
+        torch.manual_seed(3)
+        torch.nn.init.normal_(policy.value_head.layers[-1].weight)
+        rollouts = rollouts_of(policy)
+        values_bT = policy("update", rollouts, 1.0).values_bT
+        ran = []
+        policy.value_branch.blocks[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        values_bT.square().sum().backward()
+        recomputed.append(len(ran))
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    assert recomputed == [0, 1]
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_the_value_loss_trains_the_branch_and_not_the_blocks_it_was_copied_from(tiny_folder):
     policy = branched(tiny_folder, 2, **KINDS["lora on the last 2"])
     rollouts = rollouts_of(policy)
     measured = policy("update", rollouts, 1.0)
@@ -69,6 +94,12 @@ def test_a_branch_above_the_policys_lowest_block_hands_gradient_down(tiny_folder
     third, fourth = policy.decoder.blocks[2], policy.decoder.blocks[3]
     assert all(p.grad.abs().sum() > 0 for p in third.parameters() if p.dim() > 1)
     assert all(p.grad is None for p in fourth.parameters())
+
+
+def test_the_saved_branch_says_its_size(tiny_folder, tmp_path):
+    assert saved_branch_blocks(tmp_path) == 0
+    branched(tiny_folder, 2, **KINDS["lora on the last 2"]).save_pretrained(tmp_path)
+    assert saved_branch_blocks(tmp_path) == 2
 
 
 def test_it_is_saved_beside_the_model_and_read_back(tiny_folder, tmp_path):

@@ -177,7 +177,9 @@ def test_dense_rewards_are_one_a_token(tiny_folder):
     rollouts = trainer.sample_rollouts()
     scores = trainer._as_tensor(trainer.score(trainer.sampled.texts(rollouts)), rollouts)
     rewards = trainer.credit(rollouts, scores, trainer.measure(rollouts)).rewards_NT
-    assert (rewards[:, :3] == 0.5).all() or (rewards.sum(-1) <= 1.5).all()
+    for row, output in enumerate(trainer.sampled.texts(rollouts).outputs):
+        n = min(3, len(output))
+        assert rewards[row].tolist() == [0.5] * n + [0.0] * (rewards.shape[1] - n)
 
 
 def test_dense_rewards_for_more_tokens_than_were_sampled_end_on_the_last_one(tiny_folder, caplog):
@@ -312,6 +314,96 @@ def test_lines_of_lost_rounds_are_written_once(tiny_folder, tmp_path):
     assert again == folder
     assert [row["round"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
     assert (folder / "samples.jsonl").read_text() == before
+
+
+def test_a_pass_that_does_not_fit_is_repeated_in_smaller_ones_to_the_same_result(tiny_folder, caplog):
+    """Two rows fit: measuring and every step of the update run out of memory with four, in the middle of a pass."""
+    found = []
+    for limit in (None, 2):
+        torch.manual_seed(0)
+        trainer = trainer_of(tiny_folder, train={"batch_size": 4})
+        whole = trainer.policy
+
+        def tight(task, rollouts, *args, whole=whole, limit=limit, **kwargs):
+            result = whole(task, rollouts, *args, **kwargs)
+            if limit is not None and task in ("measure", "update") and rollouts.n_rollouts > limit:
+                result.logprobs_bT.sum().backward() if task == "update" else None  # a gradient is there already
+                raise torch.OutOfMemoryError("no room")
+            return result
+
+        trainer.policy = tight
+        with caplog.at_level("WARNING"):
+            trainer.train_round()
+        found.append([p.detach().clone() for p in trainer.parameters])
+        assert trainer.micro_batch == (4 if limit is None else 2)
+    assert caplog.text.count("repeated with 2 rows at a time") == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_one_row_that_does_not_fit_is_the_end(tiny_folder):
+    trainer = trainer_of(tiny_folder)
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.in_memory(full)
+    assert trainer.micro_batch == 1
+
+
+def test_loading_a_checkpoint_changes_no_file_of_the_run(tiny_folder, tmp_path):
+    trainer, folder = run_tiny(tiny_folder, tmp_path, train={"epochs": 3})
+    kept = {name: (folder / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")}
+    first = sorted((folder / "checkpoints").iterdir())[0]
+    trainer.load(first)
+    assert trainer.steps_done == int(first.name[5:])
+    assert kept == {name: (folder / name).read_text() for name in kept}
+    trainer.load(folder)
+    assert trainer.rounds_done == 3
+    with pytest.raises(solotune.errors.ConfigError, match="holds no checkpoint"):
+        trainer.load(tmp_path / "nowhere")
+
+
+def test_the_checkpoint_that_was_just_written_is_never_the_one_that_goes(tiny_folder, tmp_path):
+    """In a folder that holds an earlier, longer run's."""
+    trainer = trainer_of(tiny_folder)
+    for step in (900, 1000):
+        trainer.steps_done = step
+        trainer.save(tmp_path)
+    trainer.steps_done = 4
+    trainer.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000004", "step_001000"}
+
+
+def test_the_returned_trainers_model(tiny_folder, tmp_path):
+    trainer, _ = run_tiny(tiny_folder, tmp_path, train={"total_steps": 4})
+    inputs = trainer.tokenizer(["a film", "so"], return_tensors="pt", padding=True)
+    assert trainer.generate(**inputs).shape == (2, 6 + 6)
+    assert trainer.generate_eval(inputs["input_ids"], max_new_tokens=2).shape == (2, 8)
+    assert trainer.model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (2, 9)
+    trainer.model.save_pretrained(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "value_head.safetensors").exists()
+    assert trainer.model.base_model is trainer.model.backbone
+
+
+@pytest.mark.parametrize(("save_best", "save_optimizer"), [(True, True), (False, False)])
+def test_what_is_kept_is_what_was_asked_for(tiny_folder, tmp_path, save_best, save_optimizer):
+    train = {"epochs": 1, "save_best": save_best, "save_optimizer": save_optimizer}
+    _, folder = run_tiny(tiny_folder, tmp_path, train=train)
+    assert (folder / "best").exists() == save_best
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert (checkpoint / "hf_model" / "adapter_model.safetensors").exists()
+    assert (checkpoint / "tensors.safetensors").exists() == save_optimizer
+
+
+def test_many_prompts_get_a_file_of_their_own(tiny_folder, tmp_path):
+    config = tiny_ppo_config(tiny_folder).evolve(train={"checkpoint_dir": str(tmp_path), "total_steps": 4})
+    prompts = [{"prompt": f"film {n}", "n": n} for n in range(101)]
+    solotune.train(reward_fn=vowels, prompts=prompts, eval_prompts=["a"], config=config)
+    recipe = solotune.Recipe.load_yaml(tmp_path / "tiny" / "config.yaml")
+    assert recipe.data.prompts == str(tmp_path / "tiny" / "prompts.jsonl")
+    assert read_lines(tmp_path / "tiny" / "prompts.jsonl")[100] == {"prompt": "film 100", "n": 100}
 
 
 def test_a_loss_of_ones_own_is_weighed_by_its_tokens(tiny_folder):

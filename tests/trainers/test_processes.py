@@ -93,6 +93,42 @@ def test_processes_with_unequal_shares_of_the_evaluation_do_not_wait_for_each_ot
     assert len(read_lines(run / "samples.jsonl")) == 2 * 3
 
 
+def test_functions_of_a_script_are_called_on_the_first_process_with_all_samples(tiny_folder, tmp_path, script):
+    """As in trlX, whose scripts give the other processes anything but a function; the shares are unequal."""
+    changed = script.with_name("first.py")
+    changed.write_text(
+        SCRIPT.replace(
+            "folder, out, sections",
+            """
+import os
+sizes = []
+def metric(outputs, wanted, **_):
+    return {"together": float(len(outputs)), "wanted": wanted}
+def first(outputs, wanted, **_):
+    assert len(outputs) == len(wanted)
+    sizes.append(len(outputs))
+    return [float(n) for n in wanted]
+if os.environ["RANK"] != "0":
+    first = metric = True
+
+folder, out, sections""",
+        ).replace(
+            'reward_fn=reward, prompts=["a film", "another film, a longer one", "so", "what"]',
+            "reward_fn=first, metric_fn=metric, prompts=[{'prompt': p, 'wanted': i} for i, p in enumerate('abcd')], "
+            "eval_prompts=[{'prompt': p, 'wanted': 10 * i} for i, p in enumerate('abc')]",
+        )
+        + "print('sizes', sizes)\n"
+    )
+    run = launch(2, changed, tiny_folder, tmp_path / "runs", {"train": {"epochs": 1}})
+    samples = read_lines(run / "samples.jsonl")
+    assert [sample["reward"] for sample in samples[:3]] == [0.0, 10.0, 20.0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["metrics"] == {"together": 3.0, "wanted": 10.0}
+    changed.write_text(changed.read_text().replace("return [float(n) for n in wanted]", "raise KeyError('mine')"))
+    with pytest.raises(AssertionError, match="mine"):
+        launch(2, changed, tiny_folder, tmp_path / "again", {"train": {"epochs": 1}})
+
+
 def test_a_run_of_two_processes_leaves_one_set_of_files(tiny_folder, tmp_path, script):
     run = launch(2, script, tiny_folder, tmp_path, {"train": {"epochs": 2}})
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -80,13 +80,20 @@ def run_script(script: str, arguments: Sequence[str] = ()) -> None:
 
 def _print_own_traceback(error: BaseException, path: Path) -> None:
     """The traceback from the script's first line on: without the frames that ran it and, where the error is one of ours
-    that says all there is to say, without those below it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [index for index, frame in enumerate(frames) if Path(frame.filename) == path]
+    that says all there is to say, without those below the script's last line."""
     summary = traceback.TracebackException.from_exception(error)
-    if own:
-        last = own[-1] + 1 if isinstance(error, SolotuneError) else len(frames)
-        summary.stack = traceback.StackSummary.from_list(list(frames)[own[0] : last])
+    _keep_own_frames(summary, path, is_ours=isinstance(error, SolotuneError))
     if isinstance(error, SolotuneError):
-        summary.__cause__ = summary.__context__ = None
+        summary.__context__ = None
+        if summary.__cause__ is not None and not _keep_own_frames(summary.__cause__, path, is_ours=False):
+            summary.__cause__ = None  # nothing in it is the script's
     print("".join(summary.format()), file=sys.stderr, end="")
+
+
+def _keep_own_frames(summary: traceback.TracebackException, path: Path, is_ours: bool) -> bool:
+    """Cut the stack to what a script's author can act on; whether any of its frames is the script's."""
+    own = [index for index, frame in enumerate(summary.stack) if Path(frame.filename) == path]
+    first = own[0] if own else len(summary.stack)  # a syntax error has no frame and names its line itself
+    last = own[-1] + 1 if own and is_ours else len(summary.stack)
+    summary.stack = traceback.StackSummary.from_list(list(summary.stack)[first:last])
+    return bool(own)

@@ -62,6 +62,8 @@ def modernised(config: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("orchestrator", "backend"):
             if name in train:
                 tell_once(f"train.{name} {train.pop(name)!r} is not needed: there are no orchestrators")
+        if isinstance(kwargs := train.get("trainer_kwargs"), dict) and kwargs.pop("logit_mask", None) is not None:
+            tell_once("train.trainer_kwargs.logit_mask is without effect")
         if "trackers" in train:
             trackers = train.pop("trackers")
             first = trackers[0] if isinstance(trackers, list | tuple) and trackers else trackers or None

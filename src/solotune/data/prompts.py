@@ -1,6 +1,7 @@
 """Prompts: texts to continue, with the metadata that reward functions may ask for."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,25 @@ def fitting(
         left_out = len(prompts) - len(kept)
         logger.info("%d of %d prompts have more than %d tokens and are left out", left_out, len(prompts), max_length)
     return prompts.select(kept)
+
+
+def cut(
+    prompts: Prompts, tokenizer: "PreTrainedTokenizerBase", max_length: int, add_special_tokens: bool, side: str
+) -> Prompts:
+    """The prompts, cut to `max_length` tokens on one side ("left" keeps the end) as trlX did; says how many were."""
+    rows = encode(prompts, tokenizer, sys.maxsize, add_special_tokens)
+    long = [index for index, row in enumerate(rows) if len(row) > max_length]
+    if not long:
+        return prompts
+    logger.info("%d of %d prompts are cut on the %s to %d tokens", len(long), len(rows), side, max_length)
+    texts = list(prompts.texts)
+    for index in long:
+        first = rows[index][:1] if rows[index][0] == tokenizer.bos_token_id else []
+        rest = rows[index][len(first) :]
+        kept = rest[len(first) - max_length :] if side == "left" else rest[: max_length - len(first)]
+        rows[index] = first + kept
+        texts[index] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Prompts(texts, prompts.metadata, rows)
 
 
 def encode(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from solotune.data.assets import resolve
-from solotune.errors import ModelError, NotYetError
+from solotune.errors import ConfigError, MissingExtraError, ModelError, NotYetError
 from solotune.models.adapters import (
     check_block_count,
     lora_config,
@@ -28,20 +37,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("solotune")
 
 
-def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bool = False) -> PolicyModel:
+def build_policy(
+    config: TRLConfig,
+    device: torch.device | str = "cpu",
+    meta: bool = False,
+    meta_dtype: torch.dtype = torch.float32,
+) -> PolicyModel:
     """Load the model a configuration names, add its adapter, mark what is trained, and split it.
 
     Args:
         config: only `model`, `train.gradient_checkpointing` and `method.num_value_layers_unfrozen` are read.
         device: where the weights go.
-        meta: build the same modules without weights, on the meta device.
+        meta: build the same modules without weights, on the meta device, the frozen ones in `meta_dtype`.
     Raises:
         ModelError: the model is not found, has no safetensors, has too few blocks, or the adapter does not fit.
     """
     model = config.model
     if model.model_arch_type != "causal":
         raise NotYetError(f"model.model_arch_type: {model.model_arch_type!r} is not there yet; allowed is 'causal'")
-    lm = _empty_model(model) if meta else _load(model, _dtype(model, device), device)
+    lm = _empty_model(model, meta_dtype) if meta else _load(model, _dtype(model, device), device)
     decoder = Decoder(lm)
     check_block_count(model.num_layers_unfrozen, decoder)
     value_branch = _value_branch(config, decoder)
@@ -56,6 +70,8 @@ def build_policy(config: TRLConfig, device: torch.device | str = "cpu", meta: bo
         select_trainable(decoder, model.num_layers_unfrozen)
     else:
         lm.requires_grad_(False)
+        # peft asks transformers for it under the old name; nothing a user could change
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         try:
             backbone = get_peft_model(lm, adapter)
         except ValueError as error:
@@ -132,6 +148,8 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
         return given.to(device)  # type: ignore[arg-type]
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
     options.setdefault("trust_remote_code", False)
+    if model.quantization is not None:
+        options |= _quantized(model.quantization, device)
     if isinstance(given, PretrainedConfig):
         lm: Any = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
         return lm.to(device)
@@ -140,7 +158,31 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(_load_failure(given, error)) from error
-    return lm.to(torch.device(device))
+    return lm if model.quantization is not None else lm.to(torch.device(device))  # bitsandbytes has placed it
+
+
+def _quantized(quantization: str, device: torch.device | str) -> dict[str, Any]:
+    """What makes from_pretrained keep linear layers (not the LM head) in 4 or 8 bits.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed. ConfigError: not on a GPU.
+    """
+    if torch.device(device).type != "cuda":
+        raise ConfigError(f"model.quantization = {quantization}: needs a GPU; remove it to train on a CPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            f"model.quantization {quantization!r} needs bitsandbytes: pip install 'solotune[quant]'"
+        )
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": config, "device_map": {"": torch.device(device)}}
 
 
 def _load_failure(path: str, error: Exception) -> str:
@@ -160,7 +202,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _empty_model(model: ModelConfig) -> PreTrainedModel:
+def _empty_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     given = model.model_path
     if isinstance(given, PreTrainedModel):
         config = given.config
@@ -186,7 +228,7 @@ def _empty_model(model: ModelConfig) -> PreTrainedModel:
                 "config.json, a name on the hub, or a model.architecture mapping"
             ) from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from solotune.models.split import Decoder, Head, InputRecorder, Top, cast_input
 from solotune.rollout.generate import generate
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
+from solotune.rollout.static import StaticSampler
 
 CRITIC_FILE = "value_head.safetensors"
 Task = Literal["sample", "generate", "measure", "update", "whole"]
@@ -117,7 +119,9 @@ class PolicyModel(nn.Module):
             self.start = min(self.start, value_branch.start)
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in transformers 5.2x; the old name warns there.
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.eval()
         self.value_head = ValueHead(
             int(lm.get_output_embeddings().weight.shape[1]), device=lm.get_output_embeddings().weight.device
@@ -144,8 +148,10 @@ class PolicyModel(nn.Module):
             self._recorder = InputRecorder(self.decoder.blocks[self.start])
             cast_input(self.decoder.blocks[self.start])
         self.value_branch = value_branch
+        self._static_sampler: StaticSampler | None = None
         self._branch_input = None  # where the branch starts above the split: what the policy hands to that block
         if value_branch is not None:
+            _checkpoint_like(self.decoder.blocks[-1], value_branch.blocks)
             self._value_top = Top(
                 self.decoder, value_branch.start, value_branch.blocks, dict(value_branch.norms.items())
             )
@@ -165,13 +171,22 @@ class PolicyModel(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    def save_pretrained(self, folder: Path) -> None:
+    @property
+    def base_model(self) -> PreTrainedModel | PeftModel:
+        """The language model, with its adapter."""
+        return self.backbone
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`transformers.generate` of the policy."""
+        with torch.no_grad(), self._autocast():
+            return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write a standard PEFT adapter, or the whole model where it was trained itself, and the critic beside it; all
         as safetensors."""
         self.backbone.save_pretrained(str(folder), safe_serialization=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.critic.state_dict().items()}, folder / CRITIC_FILE
-        )
+        critic = {name: tensor.contiguous() for name, tensor in self.critic.state_dict().items()}
+        save_file(critic, Path(folder) / CRITIC_FILE)
 
     def load_critic(self, folder: Path) -> None:
         """Read the critic that `save_pretrained` wrote; one that was not saved stays as it is."""
@@ -191,8 +206,14 @@ class PolicyModel(nn.Module):
             return passes[task](*args, **kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Rollouts:
-        """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made."""
+        """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made; on a GPU the same with
+        fixed-shape steps (`rollout.static`) where the architecture's parity is tested."""
+        device = next(self.value_head.parameters()).device
         with self._recording() as take_trunk:
+            if device.type == "cuda" and StaticSampler.admits(self.decoder.module.config):
+                if self._static_sampler is None:
+                    self._static_sampler = StaticSampler(self.decoder.module, self.head, take_trunk)
+                return self._static_sampler.sample(*args, **kwargs)
             return sample(self.decoder.module, self.head, *args, take_trunk=take_trunk, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Rollouts:
@@ -305,5 +326,22 @@ class PolicyModel(nn.Module):
             self._recorder.active = False
 
 
+def _checkpoint_like(block: nn.Module, copies: nn.ModuleList) -> None:
+    """Copies that were made before gradient checkpointing was switched on are recomputed as their originals are."""
+    for copied in copies:
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if hasattr(block, name):
+                setattr(copied, name, getattr(block, name))
+
+
 def _frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def saved_branch_blocks(folder: Path) -> int:
+    """Blocks of the value branch that `save_pretrained` wrote into a folder; 0 where it wrote none."""
+    if not (folder / CRITIC_FILE).exists():
+        return 0
+    with safe_open(folder / CRITIC_FILE, "pt") as file:
+        names = [name.split(".") for name in file.keys()]  # noqa: SIM118  no mapping
+    return len({name[2] for name in names if name[:2] == ["value_branch", "blocks"]})

@@ -73,7 +73,7 @@ def generate(
             "one each (repeat the prompts instead)"
         )
     response_ids_BT = sequences_BS[:, width_P:]
-    lengths_B, finish_B = _ends(response_ids_BT, settings, find_stop)
+    lengths_B, finish_B = ends_of(response_ids_BT, settings, find_stop)
     width_T = int(lengths_B.max()) if n_rows else 0
     response_mask_BT = torch.arange(width_T, device=response_ids_BT.device) < lengths_B[:, None]
     response_ids_BT = response_ids_BT[:, :width_T].masked_fill(~response_mask_BT, pad_token_id)
@@ -98,7 +98,7 @@ def _takes_positions(lm: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(lm.forward).parameters
 
 
-def _ends(response_ids_BT: Tensor, settings: SamplingSettings, find_stop: FindStop | None) -> tuple[Tensor, Tensor]:
+def ends_of(response_ids_BT: Tensor, settings: SamplingSettings, find_stop: FindStop | None) -> tuple[Tensor, Tensor]:
     """Length and finish reason of each row, (B,): up to and with the first EOS, or the last token of a stop string."""
     lengths, reasons = [], []
     for ids in response_ids_BT.tolist():

@@ -80,6 +80,11 @@ class SamplingSettings:
         """Whether tokens are drawn from less than the whole distribution, so that PPO's ratio is biased."""
         return self.do_sample and (self.top_k > 0 or self.top_p < 1.0)
 
+    @property
+    def drawing(self) -> tuple[Any, ...]:
+        """What decides how a token is drawn from its logits, to tell captured steps apart."""
+        return self.do_sample, self.temperature, self.top_k, self.top_p, self.eos_token_ids
+
     @classmethod
     def from_gen_kwargs(
         cls, gen_kwargs: dict[str, Any], eos_token_id: int | list[int] | None, stop_strings: list[str] | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,15 +23,17 @@ from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, round_progress
-from solotune.trainers.evaluation import Evaluation, evaluate
+from solotune.trainers.evaluation import Evaluation, evaluate, sample_metrics
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
-from solotune.trainers.sampling import PromptSampler, Texts
+from solotune.trainers.sampling import PromptSampler, Texts, on_main
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
 
+T = TypeVar("T")
+log = logging.getLogger("solotune")
 PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
 
 
@@ -49,6 +53,8 @@ class Trainer(ABC):
         metric_fn: called at every evaluation with samples, prompts, outputs and metadata; a dict of named numbers.
         stop_sequences: texts that end a response and are cut off it.
         prompts: the training prompts, checked before weights are loaded.
+        scores_on_main: call `reward_fn` and `metric_fn` on the first process alone, with the samples of all (as trlX);
+            otherwise every process scores its own.
         accelerator: default a new one.
         clock: phases are counted here, default a clock that starts now.
     Raises:
@@ -66,6 +72,7 @@ class Trainer(ABC):
         metric_fn: Callable[..., dict[str, Any]] | None = None,
         stop_sequences: Sequence[str] = (),
         prompts: Prompts | None = None,
+        scores_on_main: bool = False,
         accelerator: Accelerator | None = None,
         clock: Clock | None = None,
     ):
@@ -73,6 +80,7 @@ class Trainer(ABC):
         self.reward_fn, self.metric_fn, self.run = reward_fn, metric_fn, run
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
+        self._scores_on_main = scores_on_main and self.accelerator.num_processes > 1
         self.clock = clock or Clock(self.device)
 
         self.tokenizer = load_tokenizer(config.tokenizer)
@@ -94,6 +102,7 @@ class Trainer(ABC):
         if prompts is not None:
             self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
         self.n_eval_prompts = len(eval_prompts)
+        self.micro_batch = config.train.minibatch_size or config.train.batch_size
         self.rounds_done = 0
         self.steps_done = 0
         self.rollout_tokens = 0.0
@@ -113,7 +122,11 @@ class Trainer(ABC):
         """
         self.say(self.plan.line)
         if resume_from is not None:
-            self.load_state(checkpoint.restore(resume_from, self.model, self.optimizer.optimizer))
+            self.load(resume_from)
+            if self.run is not None:
+                self.run.cut_after(self.rounds_done)
+                checkpoint.drop_after(self.run.checkpoints, self.steps_done)
+            self.clock.continue_from(self._seconds_before)
             self.say(f"resumed from {resume_from} at round {self.rounds_done}, step {self.steps_done}")
         else:
             self.evaluate_and_record()
@@ -135,6 +148,14 @@ class Trainer(ABC):
 
     def score(self, texts: Texts) -> list[Any]:
         """The reward function's answer: a number or a list of numbers a sample."""
+        return self._shared(self._ask_reward, texts)
+
+    def _shared(self, function: Callable[[Texts], list[Any]], texts: Texts) -> list[Any]:
+        if self._scores_on_main:
+            return on_main(self.accelerator, function, texts)
+        return function(texts) if texts.samples else []
+
+    def _ask_reward(self, texts: Texts) -> list[Any]:
         folder = self.run.path if self.run is not None else Path.cwd()
         if not self.accelerator.is_main_process:
             folder = folder / f"process_{self.accelerator.process_index}"
@@ -182,8 +203,8 @@ class Trainer(ABC):
                 self.n_eval_prompts,
                 settings or self.eval_settings[0][1],
                 self.score,
-                self.metric_fn,
-                self.micro_batch,
+                lambda texts: self._shared(partial(sample_metrics, self.metric_fn), texts),
+                self.in_memory,
             )
 
     def evaluate_and_record(self) -> Evaluation:
@@ -247,14 +268,13 @@ class Trainer(ABC):
         """The same with the `gen_kwargs` of evaluations."""
         return self._hf_generate(input_ids, attention_mask, {**sweep(self._gen_kwargs)[0].gen_kwargs, **kwargs})
 
-    @torch.no_grad()
     def _hf_generate(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         ids = input_ids.to(self.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         if options.get("eos_token_id") == -1:
             options["eos_token_id"] = None
         options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
-        return self.model.backbone.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
+        return self.model.generate(input_ids=ids, attention_mask=mask, **options)
 
     @property
     def model(self) -> PolicyModel:
@@ -287,7 +307,7 @@ class Trainer(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; the run's files are cut back to it."""
+        """The inverse of `state`."""
         if state["data_order"] != self._data_order():
             raise ConfigError(
                 f"the checkpoint was made with {state['data_order']}, this run has {self._data_order()}: prompts "
@@ -301,9 +321,7 @@ class Trainer(ABC):
             self.first_evaluation = Evaluation(**state["first_evaluation"])
             self.last_evaluation = Evaluation(**state["last_evaluation"])
         self.rollout_tokens = state["rollout_tokens"]
-        self.clock.continue_from(state["seconds_by_phase"])
-        if self.run is not None:
-            self.run.cut_after(self.rounds_done)
+        self._seconds_before: dict[str, float] = state["seconds_by_phase"]
 
     def _data_order(self) -> dict[str, int]:
         """What decides which prompts and random numbers a round takes."""
@@ -316,10 +334,28 @@ class Trainer(ABC):
         if self.accelerator.is_main_process:
             console.print(line, highlight=False, markup=False)
 
-    @property
-    def micro_batch(self) -> int:
-        """Rows of one forward pass."""
-        return self.config.train.minibatch_size or self.config.train.batch_size
+    def in_memory(self, run: Callable[[int], T]) -> T:
+        """`run(micro_batch)`, repeated with half the rows a pass whenever the GPU's memory does not hold them.
+
+        What `run` does must not depend on the size of its passes; training draws no random numbers that would have to
+        be put back. Several processes do not recover: the others are waiting inside a reduction.
+        """
+        while True:
+            try:
+                return run(self.micro_batch)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1 or self.accelerator.num_processes > 1:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.micro_batch = -(-self.micro_batch // 2)
+            log.warning(
+                "out of GPU memory: the pass is repeated with %d rows at a time, to the same result; "
+                "train.minibatch_size: %d says so from the start",
+                self.micro_batch,
+                self.micro_batch,
+            )
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
         """The same tensor with the values of all processes added up."""

@@ -42,8 +42,16 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     yield aside
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
-    for old in _by_step(folder.glob("step_*"))[:-KEEP]:
+    by_age = sorted(_by_step(folder.glob("step_*")), key=lambda path: path.stat().st_mtime_ns)
+    for old in by_age[:-KEEP]:
         shutil.rmtree(old)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a resumed run is about to take again."""
+    for path in _by_step(folder.glob("step_*")):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

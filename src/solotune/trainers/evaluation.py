@@ -39,32 +39,35 @@ def evaluate(
     n_prompts: int,
     settings: SamplingSettings,
     score: Callable[[Texts], list[Any]],
-    metric_fn: Callable[..., dict[str, Any]] | None,
-    micro_batch: int,
+    metrics_of: Callable[[Texts], list[dict[str, float]]],
+    in_memory: Callable[[Callable[[int], list[float]]], list[float]],
 ) -> Evaluation:
     """Sample every evaluation prompt once, each with random numbers of its own that are the same at every evaluation.
 
-    Processes share the prompts out; every process returns the whole evaluation.
+    Processes share the prompts out; every process returns the whole evaluation. `score` and `metrics_of` are called by
+    every process, with no texts where it has no prompts. `in_memory` calls what it is given with the rows of a pass.
     """
     mine = list(range(accelerator.process_index, n_prompts, accelerator.num_processes))
-    rows: list[dict[str, Any]] = []
+    texts, kls, finishes = Texts([], [], [], {}), [], []
     if mine:
         rollouts = sampler(mine, mine, settings)
         texts = sampler.texts(rollouts, settings.stop_strings)
-        kls = _kls(policy, rollouts, settings.temperature, micro_batch)
-        rows = [
-            {
-                "index": index,
-                "prompt": texts.prompts[row],
-                "output": texts.outputs[row],
-                "reward": float(sum(value) if isinstance(value, list) else value),
-                "kl": kls[row],
-                "finish": FinishReason(int(rollouts.finish_N[row])).name.lower(),
-            }
-            for row, (index, value) in enumerate(zip(mine, score(texts), strict=True))
-        ]
-        for row, values in zip(rows, _metrics(metric_fn, texts), strict=True):
-            row["metrics"] = values
+        kls = in_memory(lambda micro_batch: _kls(policy, rollouts, settings.temperature, micro_batch))
+        finishes = [FinishReason(finish).name.lower() for finish in rollouts.finish_N.tolist()]
+    rows = [
+        {
+            "index": index,
+            "prompt": prompt,
+            "output": output,
+            "reward": float(sum(value) if isinstance(value, list) else value),
+            "kl": kl,
+            "finish": finish,
+            "metrics": metrics,
+        }
+        for index, prompt, output, value, kl, finish, metrics in zip(
+            mine, texts.prompts, texts.outputs, score(texts), kls, finishes, metrics_of(texts), strict=True
+        )
+    ]
     gathered = sorted(gather_object(rows), key=lambda row: row["index"])
     metrics = [row.pop("metrics") for row in gathered]
     samples = [{key: value for key, value in row.items() if key != "index"} for row in gathered]
@@ -72,7 +75,7 @@ def evaluate(
     return Evaluation(_mean(samples, "reward"), _mean(samples, "kl"), samples, means)
 
 
-def _metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> list[dict[str, float]]:
+def sample_metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> list[dict[str, float]]:
     """What `metric_fn` says of each sample; a single number stands for all of them."""
     n = len(texts.samples)
     if metric_fn is None:

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ class PPOTrainer(Trainer):
         with self.clock.phase("sample"):
             rollouts = self.sample_rollouts()
         with self.clock.phase("score"):
-            texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings)
+            eos_text = self.tokenizer.eos_token or "" if self.config.AS_TRLX else ""
+            texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
             given = self.score(texts)
             scores = self._as_tensor(given, rollouts)
         if self.rollout_log is not None:
@@ -147,9 +149,13 @@ class PPOTrainer(Trainer):
     @torch.no_grad()
     def measure(self, rollouts: Rollouts) -> Measured:
         """Log-probs of policy and reference, values and entropies, in micro-batches of the size the update uses."""
-        rows = torch.arange(rollouts.n_rollouts, device=self.device).split(self.micro_batch)
-        parts = [self.policy("measure", rollouts.select(part), self.rollout_settings.temperature) for part in rows]
-        return Measured._make(torch.cat(column) for column in zip(*parts, strict=True))
+        rows = torch.arange(rollouts.n_rollouts, device=self.device)
+
+        def run(micro_batch: int) -> list[Measured]:
+            temperature = self.rollout_settings.temperature
+            return [self.policy("measure", rollouts.select(part), temperature) for part in rows.split(micro_batch)]
+
+        return Measured._make(torch.cat(column) for column in zip(*self.in_memory(run), strict=True))
 
     def credit(self, rollouts: Rollouts, scores: Tensor, measured: Measured) -> Credit:
         """Scores, (N,) or dense (N, T), and the KL penalty to advantages and returns."""
@@ -201,10 +207,23 @@ class PPOTrainer(Trainer):
 
         Returns the losses and statistics in the order of `update`, and the gradient's norm, (7,).
         """
+        totals = self.in_memory(partial(self._accumulate, rollouts, measured, credit, rows))
+        limit = self.config.train.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
+        totals[6] = torch.as_tensor(norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals
+
+    def _accumulate(
+        self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor, micro_batch: int
+    ) -> Tensor:
+        """The gradient of a step, and its losses and statistics."""
         # DDP averages the gradients of W processes, each divided by (all tokens / W): together, by all tokens.
         tokens = self.sum_over_processes(rollouts.response_mask_NT[rows].sum().float()) / self.accelerator.num_processes
         totals = torch.zeros(7, device=self.device)
-        parts = rows.split(self.micro_batch)
+        parts = rows.split(micro_batch)
         for index, part in enumerate(parts):
             is_last = index + 1 == len(parts)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.policy):
@@ -223,12 +242,6 @@ class PPOTrainer(Trainer):
             totals[:6] += torch.stack(
                 [loss.policy_loss, loss.value_loss, loss.approx_kl, loss.clipfrac, loss.value_clipfrac, loss.ratio]
             ).detach()
-        limit = self.config.train.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
-        totals[6] = torch.as_tensor(norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return totals
 
     def _loss(self, *tensors: Tensor) -> PPOLoss:

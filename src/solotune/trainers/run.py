@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
-from solotune.data.prompts import Prompts, encode, fitting, load_eval_prompts, load_prompts
+from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
 from solotune.errors import ConfigError, NotYetError
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
@@ -31,6 +30,8 @@ from solotune.trainers.registry import get_pipeline, get_trainer
 from solotune.trainers.run_folder import RunFolder
 
 log = logging.getLogger("solotune")
+
+MOST_PROMPTS_IN_CONFIG = 100
 
 
 def run_recipe(
@@ -68,7 +69,10 @@ def run_recipe(
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
     resume = resume or config.train.resume_from_checkpoint is not None
-    return _run(config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock, on_round=on_round)
+    stops = recipe.data.stop_sequences
+    return _run(
+        config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock, None, stops, on_round
+    )
 
 
 def train(
@@ -170,13 +174,14 @@ def _run(
         stop_sequences=stop_sequences,
         accelerator=accelerator,
         clock=clock,
+        scores_on_main=recipe is None,
         **config.train.trainer_kwargs,
     )
     # Only now: what could be wrong with the settings did not cost an earlier run its place.
     trainer.run = run = RunFolder(out, writes=main, continued=_is_within(start_from, out))
     accelerator.wait_for_everyone()
     if main:
-        saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn)
+        saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn, stop_sequences, run)
         saved.save_yaml(out / "config.yaml", versions())
         tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
         console.print(
@@ -185,7 +190,8 @@ def _run(
     tracking.start(accelerator, config, out.name)
     trainer.learn(start_from, on_round)
     finish(trainer, run)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # accelerate's end_training would take the process group down as well
+        tracker.finish()
     return trainer
 
 
@@ -233,6 +239,9 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
 def _supported(config: TRLConfig) -> None:
     if not isinstance(config.method, PPOConfig):
         raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed is 'PPOConfig'")
+    if config.train.trainer_kwargs and get_trainer(config.train.trainer) is PPOTrainer:
+        names = ", ".join(config.train.trainer_kwargs)
+        raise ConfigError(f"train.trainer_kwargs: {config.train.trainer!r} takes none; remove {names}")
     get_trainer(config.train.trainer)
     get_pipeline(config.train.pipeline)
     ignored = {
@@ -252,8 +261,6 @@ def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
         kwargs_handlers=[ddp],
     )
     show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    # peft asks transformers for it under the old name; nothing a user could change
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return accelerator
@@ -266,7 +273,9 @@ def _prompts(config: TRLConfig, rows: Sequence[Any] | None, tokenizer: Any, batc
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return Prompts([""] * batch, ids=[[start]] * batch)
     if pipeline is None:
-        return Prompts.from_list(list(rows))
+        given = Prompts.from_list(list(rows))
+        special, side = config.tokenizer.add_special_tokens, config.tokenizer.truncation_side
+        return cut(given, tokenizer, room_for_prompts(config), special, side) if config.AS_TRLX else given
     encoded = pipeline(list(rows), room_for_prompts(config), tokenizer)
     items = [dict(encoded[index]) for index in range(len(encoded))]
     ids = [[int(token) for token in item.pop("input_ids")] for item in items]
@@ -293,11 +302,29 @@ def _is_within(start_from: Path | None, out: Path) -> bool:
     return start_from is not None and start_from.resolve().is_relative_to(out.resolve())
 
 
-def _as_recipe(config: TRLConfig, prompts: Prompts, eval_prompts: Prompts, reward_fn: Callable[..., Any]) -> Recipe:
-    """What `train()` was called with, as a recipe; its reward function is the caller's own code."""
+def _as_recipe(
+    config: TRLConfig,
+    prompts: Prompts,
+    eval_prompts: Prompts,
+    reward_fn: Callable[..., Any],
+    stop_sequences: Sequence[str],
+    run: RunFolder,
+) -> Recipe:
+    """What `train()` was called with, as a recipe; its reward function is the caller's own code.
+
+    Many prompts are written to a file of their own beside it.
+    """
+    rows = _rows(prompts)
+    source: Any = rows
+    if len(rows) > MOST_PROMPTS_IN_CONFIG:
+        path = run.path / "prompts.jsonl"
+        path.unlink(missing_ok=True)
+        run.append(path, [row if isinstance(row, dict) else {"prompt": row} for row in rows])
+        source = str(path)
+    data = DataConfig(prompts=source, eval_prompts=_rows(eval_prompts), stop_sequences=list(stop_sequences))
     return Recipe(
         config,
-        DataConfig(prompts=_rows(prompts), eval_prompts=_rows(eval_prompts)),
+        data,
         RewardConfig(function=f"{_source_file(reward_fn)}:{getattr(reward_fn, '__qualname__', 'reward_fn')}"),
     )
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from solotune.data.prompts import Prompts
+from solotune.errors import RewardError
 from solotune.rollout.draw import row_uniforms
-from solotune.rollout.records import Rollouts, concatenate
+from solotune.rollout.records import FinishReason, Rollouts, concatenate
 from solotune.rollout.settings import SamplingSettings
 from solotune.trainers.order import Stream
 
@@ -25,6 +28,36 @@ class Texts(NamedTuple):
     prompts: list[str]
     outputs: list[str]
     metadata: dict[str, list[Any]]
+
+
+def on_main(accelerator: Accelerator, function: Callable[[Texts], list[Any]], own: Texts) -> list[Any]:
+    """What `function` says of the texts of all processes, asked on the first one alone; each process gets its own part.
+
+    Raises:
+        RewardError: on every process, where `function` raised on the first.
+    """
+    shares: list[Texts] = gather_object([own])
+    answer: list[Any] = [None, None]
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function(_joined(shares))
+        except Exception as error:  # the others wait for an answer
+            failure, answer[1] = error, str(error)
+    broadcast_object_list(answer)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise RewardError(f"on the first process: {answer[1]}")
+    start = sum(len(share.samples) for share in shares[: accelerator.process_index])
+    return answer[0][start : start + len(own.samples)]
+
+
+def _joined(shares: list[Texts]) -> Texts:
+    names = next((list(share.metadata) for share in shares if share.samples), [])
+    metadata = {name: [value for share in shares for value in share.metadata.get(name, [])] for name in names}
+    samples, prompts, outputs = ([text for share in shares for text in share[column]] for column in range(3))
+    return Texts(samples, prompts, outputs, metadata)
 
 
 class PromptSampler:
@@ -80,18 +113,22 @@ class PromptSampler:
             )
         return concatenate(parts, self._tokenizer.pad_token_id)
 
-    def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = ()) -> Texts:
+    def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = (), eos_text: str = "") -> Texts:
         """Decoded outputs, without special tokens and cut at stop strings, and what belongs to their prompts.
+
+        `eos_text` is put behind outputs that ended of themselves or at a stop string, as trlX did.
 
         A prompt and its response are decoded together, because tokenizers drop a space at the start of a text.
         """
         chosen = self._prompts.select(rollouts.prompt_index_N.tolist())
-        outputs = []
+        outputs: list[str] = []
+        finishes = rollouts.finish_N.tolist()
         for row, index in enumerate(rollouts.prompt_index_N.tolist()):
             prompt = self._decode(self._prompt_ids[index])
             whole = self._decode(self._prompt_ids[index] + rollouts.response_tokens(row))
             output = whole[len(prompt) :] if whole.startswith(prompt) else self._decode(rollouts.response_tokens(row))
-            outputs.append(cut_at(output, stop_strings))
+            output = cut_at(output, stop_strings)
+            outputs.append(output if finishes[row] == FinishReason.LENGTH else output + eos_text)
         samples = [prompt + output for prompt, output in zip(chosen.texts, outputs, strict=True)]
         return Texts(samples, chosen.texts, outputs, chosen.metadata)
 

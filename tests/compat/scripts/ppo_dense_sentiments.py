@@ -2,7 +2,6 @@
 import json
 import sys
 
-import numpy as np
 import trlx
 from trlx.data.default_configs import TRLConfig, default_ppo_config
 
@@ -11,12 +10,10 @@ def dense_reward_fn(samples, prompts, outputs, tokenizer, wanted, **kwargs):
     rewards = []
     for output, letter in zip(outputs, wanted):
         ids = tokenizer(output).input_ids
-        dense = np.zeros(max(len(ids), 1))
-        if ids:
-            middle = len(ids) // 2
-            dense[middle] = output[:middle].count(letter)
-            dense[-1] += output.count(letter)
-        rewards.append(dense.tolist()[: max(len(ids), 1)] if ids else [])
+        dense = [0] * len(ids)
+        dense[len(dense) // 2] = output[: len(output) // 2].count(letter)
+        dense[-1] = output.count(letter)
+        rewards.append(dense)
     return rewards
 
 

@@ -13,7 +13,7 @@ logger = trlx.logging.get_logger(__name__)
 def main(hparams={}):
     config = TRLConfig.update(default_ppo_config().to_dict(), hparams)
     config.model.peft_config = LoraConfig(
-        r=8, task_type=TaskType.CAUSAL_LM, lora_alpha=32, lora_dropout=0.1, target_modules=["c_attn"]
+        r=8, task_type=TaskType.CAUSAL_LM, lora_alpha=32, lora_dropout=0.1
     )
 
     def reward_fn(samples, prompts, outputs, tokenizer, **kwargs):

@@ -33,6 +33,10 @@ def train(
     if config is None:
         tell_once("no config was given: using default_ppo_config()")
         config = default_ppo_config()
+    start_from = config.train.resume_from_checkpoint
+    if start_from is not None and not os.path.exists(start_from):
+        tell_once(f"train.resume_from_checkpoint {start_from!r} is not there yet: starting from the beginning")
+        config = config.evolve(train={"resume_from_checkpoint": None})
     if config.train.tracker == "wandb" and (reason := _no_wandb()):
         tell_once(f"no W&B log ({reason}); the same numbers are in metrics.jsonl")
         config = config.evolve(train={"tracker": None})

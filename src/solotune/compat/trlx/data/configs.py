@@ -40,7 +40,7 @@ class TRLConfig(ours.TRLConfig):
     train: TrainConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower, with other defaults
 
     SECTIONS: ClassVar[dict[str, type]] = {**ours.TRLConfig.SECTIONS, "train": TrainConfig}
-    ALLOWS_REMAINDERS: ClassVar[bool] = True
+    AS_TRLX: ClassVar[bool] = True
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -19,8 +19,10 @@ from transformers.utils.generic import ModelOutput
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController
 from solotune.compat.shims import absent
 from solotune.config import PPOConfig, default_ppo_config
+from solotune.models.adapters import switch_off_dropout
 from solotune.models.loading import build_policy
-from solotune.models.policy import PolicyModel, WholePass
+from solotune.models.policy import PolicyModel, ValueBranch, WholePass, saved_branch_blocks
+from solotune.models.split import Decoder
 from solotune.rollout.records import positions_of
 
 __all__ = [
@@ -71,10 +73,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     ) -> Any:
         """A model by name or folder, with the value head (and adapter) that was saved in the folder, or new ones."""
         given = pretrained_model_name_or_path
-        folder = Path(given if isinstance(given, str) else "")
-        if peft_config is None and (folder / "adapter_config.json").exists():
-            lm = AutoModelForCausalLM.from_pretrained(_base_of(folder), **options).requires_grad_(False)
-            policy = PolicyModel(PeftModel.from_pretrained(lm, str(folder), is_trainable=True))
+        folder = Path(given) if isinstance(given, str | Path) else None
+        branch = num_value_layers_unfrozen or (saved_branch_blocks(folder) if folder is not None else 0)
+        if peft_config is None and folder is not None and (folder / "adapter_config.json").exists():
+            base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+            lm = AutoModelForCausalLM.from_pretrained(base, **options).requires_grad_(False)
+            value_branch = ValueBranch(Decoder(lm), branch) if branch else None
+            tuned = PeftModel.from_pretrained(lm, str(folder), is_trainable=True)
+            switch_off_dropout(tuned)
+            policy = PolicyModel(tuned, value_branch=value_branch)
         else:
             config = default_ppo_config().evolve(
                 model={
@@ -83,10 +90,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                     "peft_config": peft_config,
                     "model_extra_configs": options,
                 },
-                method={"num_value_layers_unfrozen": num_value_layers_unfrozen},
+                method={"num_value_layers_unfrozen": branch},
             )
             policy = build_policy(config)
-        if isinstance(given, str):
+        if folder is not None:
             policy.load_critic(folder)
         return cls(policy)
 
@@ -100,20 +107,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return self.policy.value_head
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
-    ) -> CausalLMOutputWithValue:
-        """Logits of the policy and values, at every position."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> CausalLMOutputWithValue | tuple[Tensor, ...]:
+        """Logits of the policy and values, at every position; without `return_dict` a tuple with the values last."""
         whole = self._whole(input_ids, attention_mask, position_ids)
-        return CausalLMOutputWithValue(logits=whole.logits_BTV, value=whole.values_BT)
+        output = CausalLMOutputWithValue(logits=whole.logits_BTV, value=whole.values_BT)
+        return output if return_dict else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`transformers.generate` of the language model."""
-        return self.policy.backbone.generate(*args, **kwargs)  # type: ignore[operator]
+        return self.policy.generate(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what PEFT or transformers load, and the value head beside it."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.policy.save_pretrained(Path(folder))
+        self.policy.save_pretrained(folder)
 
     def _whole(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None) -> WholePass:
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
@@ -129,9 +141,3 @@ class AutoModelForCausalLMWithHydraValueHead(AutoModelForCausalLMWithValueHead):
     ) -> Tensor:
         """Logits of the reference, (B, T, V)."""
         return self._whole(input_ids, attention_mask, position_ids).ref_logits_BTV
-
-
-def _base_of(folder: Path) -> str:
-    from peft import PeftConfig
-
-    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)

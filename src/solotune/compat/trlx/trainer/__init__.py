@@ -1,6 +1,6 @@
 """Trainers by name."""
 
-from solotune.trainers.base import Trainer as BaseRLTrainer
+from solotune.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer as BaseRLTrainer
 from solotune.trainers.registry import register_trainer
 
 __all__ = ["BaseRLTrainer", "register_trainer"]

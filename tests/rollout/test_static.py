@@ -1,0 +1,119 @@
+"""Sampling with fixed-shape steps says what sampling with growing ones says. On a CPU, uncaptured."""
+
+import pytest
+import torch
+
+from solotune.models.split import Decoder, Head, InputRecorder
+from solotune.rollout.draw import row_uniforms
+from solotune.rollout.records import FinishReason
+from solotune.rollout.sampler import sample
+from solotune.rollout.settings import SamplingSettings
+from solotune.rollout.static import PARITY_TESTED, StaticSampler
+from tests.rollout.test_sampler import STEPS, prompts
+from tests.tiny import ARCHITECTURES, PAD, tiny_lm
+
+EVERY = pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a in PARITY_TESTED])
+
+
+class Both:
+    """The two samplers on one model; what entered block 2 is recorded."""
+
+    def __init__(self, architecture, **changes):
+        self.lm = tiny_lm(architecture, **changes)
+        decoder = Decoder(self.lm)
+        recorder = InputRecorder(decoder.blocks[2])
+        recorder.active = True
+        self.module, self.head, self.take = decoder.module, Head(self.lm, decoder.name), recorder.take
+        self.static = StaticSampler(self.module, self.head, self.take, captures=False)
+
+    def rollouts(self, ids, mask, seed=0, find_stop=None, **settings):
+        """(growing, fixed)."""
+        chosen = SamplingSettings(**{"max_new_tokens": STEPS, **settings})
+        uniforms = row_uniforms(seed, 0, range(len(ids)), chosen.max_new_tokens)
+        given = (ids, mask, torch.arange(len(ids)), uniforms, chosen, PAD)
+        growing = sample(self.module, self.head, *given, take_trunk=self.take, find_stop=find_stop)
+        return growing, self.static.sample(*given, find_stop=find_stop)
+
+
+def assert_equal(growing, fixed):
+    for name in (
+        "prompt_ids_NP",
+        "prompt_mask_NP",
+        "response_ids_NT",
+        "response_mask_NT",
+        "finish_N",
+        "prompt_index_N",
+    ):
+        assert torch.equal(getattr(fixed, name), getattr(growing, name)), name
+    torch.testing.assert_close(fixed.sample_logprobs_NT, growing.sample_logprobs_NT, atol=1e-5, rtol=0)
+    kept = torch.cat([growing.prompt_mask_NP, growing.response_mask_NT[:, 1:]], dim=1)  # what a token is predicted from
+    torch.testing.assert_close(fixed.trunk_NSH[kept], growing.trunk_NSH[kept], atol=1e-4, rtol=1e-4)
+
+
+@EVERY
+def test_greedy_output_is_transformers_own_token_for_token(architecture):
+    both = Both(architecture)
+    ids, mask = prompts()
+    expected = both.lm.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=STEPS, do_sample=False, eos_token_id=None,
+        pad_token_id=PAD,
+    )[:, ids.shape[1] :]  # fmt: skip
+    assert torch.equal(both.rollouts(ids, mask, do_sample=False)[1].response_ids_NT, expected)
+
+
+@EVERY
+def test_rows_finish_the_batch_shrinks_and_the_storage_is_used_again(architecture):
+    """Three calls on one storage: a large one, a smaller one with shorter prompts, and one that it has to grow for."""
+    both = Both(architecture)
+    for lengths, seed in (((10, 7, 5, 10, 9, 8, 7, 6) * 4, 0), ((4, 3, 6), 1), ((17, 3) * 20, 2)):
+        ids, mask = prompts(lengths)
+        growing, fixed = both.rollouts(ids, mask, seed, eos_token_ids=tuple(range(40)))
+        assert_equal(growing, fixed)
+        assert {FinishReason.EOS} <= {FinishReason(i) for i in fixed.finish_N.tolist()}
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "opt"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_ids": tuple(range(200)), "min_new_tokens": 5},
+        {"top_k": 5, "temperature": 0.7},
+        {"top_p": 0.8, "eos_token_ids": (3, 5)},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 3, "eos_token_ids": tuple(range(150))},
+    ],
+)
+def test_every_way_to_draw(architecture, settings):
+    both = Both(architecture)
+    ids, mask = prompts((8, 3) * 10)
+    assert_equal(*both.rollouts(ids, mask, **settings))
+
+
+def test_a_window_that_is_off():
+    both = Both("mistral", sliding_window=None)
+    assert_equal(*both.rollouts(*prompts((9, 4, 7))))
+
+
+def test_stop_strings_end_rows_where_they_stand():
+    both = Both("opt")
+    stops = set(range(60))
+    ids, mask = prompts((8,) * 16)
+    growing, fixed = both.rollouts(ids, mask, stop_strings=("x",), find_stop=lambda tokens: tokens[-1] in stops)
+    assert_equal(growing, fixed)
+    assert (fixed.finish_N == FinishReason.STOP_STRING).any()
+
+
+def test_nothing_of_an_earlier_call_is_left():
+    both = Both("llama")
+    ids, mask = prompts((8, 5) * 8)
+    first = both.rollouts(ids, mask, seed=3)[1]
+    both.rollouts(ids.flip(0), mask.flip(0), seed=4, eos_token_ids=tuple(range(150)))
+    again = both.rollouts(ids, mask, seed=3)[1]
+    assert torch.equal(first.response_ids_NT, again.response_ids_NT)
+    assert torch.equal(first.sample_logprobs_NT, again.sample_logprobs_NT)
+    assert torch.equal(first.trunk_NSH, again.trunk_NSH)
+
+
+def test_what_is_not_parity_tested_is_not_let_in():
+    left_out = {a for a in ARCHITECTURES if not StaticSampler.admits(tiny_lm(a).config)}
+    assert left_out == {"gpt_neo", "bloom"}
