@@ -1,7 +1,7 @@
 """What one GPU does with the classic experiment, and with a 7B model.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu-h100.json
-    python benchmarks/gpu.py --device cpu --shape tiny --out /tmp/tiny.json     # the same code, in the tests
+    python benchmarks/gpu.py --device cpu --shape tiny --out tiny.json     # the same code, in the tests
 
 Random weights of the real shapes, no network; needs torch, transformers, peft, accelerate, safetensors and numpy only.
 Five parts, each of which is left out by `--skip`, and each of which that fails says so in the JSON:
@@ -41,7 +41,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from shapes import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_R, LORA_TARGETS, PPO_EPOCHS, SHAPES, Shape  # noqa: E402
 
 from solotune.algorithms import gae, k1, ppo_loss, token_rewards, whiten  # noqa: E402
+from solotune.models.adapters import linear_names  # noqa: E402
 from solotune.models.policy import Measured, PolicyModel  # noqa: E402
+from solotune.models.split import Decoder, Head  # noqa: E402
 from solotune.rollout.draw import row_uniforms  # noqa: E402
 from solotune.rollout.records import Rollouts  # noqa: E402
 from solotune.rollout.settings import SamplingSettings  # noqa: E402
@@ -156,7 +158,7 @@ def lengths(rollouts: Rollouts) -> Tensor:
 def lora(lm: Any, r: int, alpha: int, targets: Any, blocks: list[int] | None) -> Any:
     """LoRA in fp32 on a frozen model, with its B random: a fresh one would change nothing."""
     lm.requires_grad_(False)
-    pattern = "layers" if blocks is not None else None
+    pattern = Decoder(lm).list_name if blocks is not None else None
     config = LoraConfig(
         task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets, layers_to_transform=blocks,
         layers_pattern=pattern,
@@ -249,7 +251,7 @@ def copy_speed(device: torch.device) -> float:
 
 def part_parity(device: torch.device) -> dict[str, Any]:
     """Architecture -> whether captured greedy steps give transformers.generate's tokens, while the batch shrinks."""
-    from solotune.models.split import Decoder, Head
+    from solotune.models.split import Decoder
     from tests.tiny import PAD as TINY_PAD
     from tests.tiny import tiny_lm
 
@@ -297,13 +299,13 @@ def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str,
     return {"seconds_by_phase": seconds, "peak_memory_bytes": peak_bytes(device), "dtype": str(dtype)}
 
 
-def part_learn(folder: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def part_learn(folder: str, given: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Mean reward (share of 'e' among the letters) by round, of a real model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     blocks = list(range(lm.config.num_hidden_layers))[-4:]
-    policy = PolicyModel(lora(lm, 16, 32, "all-linear", blocks))
-    shape = Shape(**{**vars(SHAPES["opt-1.3b"]), "vocabulary": len(tokenizer), "new_tokens": 24})
+    policy = PolicyModel(lora(lm, 16, 32, linear_names(Decoder(lm).blocks[-1]), blocks))
+    shape = Shape(**{**vars(given), "vocabulary": len(tokenizer), "new_tokens": min(given.new_tokens, 24)})
     game = Round(policy, shape)
     for group in game.optimizer.param_groups:
         group["lr"] = 1e-3
@@ -348,7 +350,7 @@ def main() -> None:
         "7b": lambda: part_7b(shape, device, dtype),
     }
     if options.model:
-        parts["learn"] = lambda: part_learn(options.model, device, dtype)
+        parts["learn"] = lambda: part_learn(options.model, shape, device, dtype)
     for name, part in parts.items():
         if name in options.skip:
             continue

@@ -74,7 +74,7 @@ def test_gradient_checkpointing_and_smaller_passes_need_less(tiny_folder):
     checkpointed = fit(config_of(tiny_folder, train={"minibatch_size": 4, "gradient_checkpointing": True}))
     smaller = fit(config_of(tiny_folder, train={"minibatch_size": 2}))
     assert part(checkpointed, "activations") < part(plain, "activations")
-    assert part(smaller, "activations") == part(plain, "activations") / 2
+    assert part(smaller, "activations") < 0.6 * part(plain, "activations")  # positions are kept once
 
 
 def test_few_bits_are_for_the_linear_layers_of_the_blocks(tiny_folder):

@@ -64,7 +64,7 @@ def test_gradient_checkpointing_recomputes_the_branch_too(tiny_folder, n_blocks)
         rollouts = rollouts_of(policy)
         values_bT = policy("update", rollouts, 1.0).values_bT
         ran = []
-        policy.value_branch.blocks[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        policy.value_branch.blocks[0].mlp.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         values_bT.square().sum().backward()
         recomputed.append(len(ran))
         gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
