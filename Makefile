@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check lint types format clean
+.PHONY: quickstart test soak check lint types format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ quickstart: $(INSTALLED)  ## tune a small language model from human ratings
 
 test: $(INSTALLED)  ## the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+soak: $(INSTALLED)  ## kill and resume at fifty instants
+	SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
 
 check: lint types
 

@@ -25,6 +25,14 @@ class RewardError(SolotuneError, RuntimeError):
     """A reward function raised, or returned something that is not one finite number per sample (or per token)."""
 
 
+class CheckpointError(SolotuneError, OSError):
+    """A checkpoint cannot be written, or is not what was written; the message names the file and what is left."""
+
+
+class TrainingError(SolotuneError, RuntimeError):
+    """Training cannot go on, such as when gradients stay infinite; the message says where the state is."""
+
+
 class NotYetError(SolotuneError, NotImplementedError):
     """Part of the interface that exists by name and is not implemented yet."""
 

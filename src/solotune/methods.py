@@ -163,6 +163,8 @@ class PPOConfig(MethodConfig):
     scale_reward: scores are divided by their 'running' standard deviation, by ref_std or that of the first chunk
     ('ref'), or not ('ignored'). cliprange_reward: they are clipped to +- this; None: not.
     gen_kwargs: sampling arguments; gen_experience_kwargs, if given, replaces them for rollouts only.
+    target_kl: nats per token by which a pass over the rollouts may move the policy; when one moved it further, the
+    round's other passes are left out. None: all of them (trlX).
     """
 
     name: str = "PPOConfig"
@@ -186,6 +188,7 @@ class PPOConfig(MethodConfig):
     )
     gen_experience_kwargs: GenKwargs | None = None
     num_value_layers_unfrozen: CountInt = 0
+    target_kl: PositiveReal | None = None
 
     def get_advantages_and_returns(
         self, values: "Tensor", rewards: "Tensor", response_length: int, use_whitening: bool = True

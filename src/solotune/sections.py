@@ -43,7 +43,8 @@ class TrainConfig(Section):
     total_steps: cap on optimizer steps. seq_length: tokens of prompt and response together.
     epochs: rounds of rollouts (PPO), passes over the data (SFT, ILQL). batch_size: samples an optimizer step, per
     process. checkpoint_interval, eval_interval: in optimizer steps. minibatch_size: samples a forward pass.
-    checkpoint_dir: the folder that run folders lie in. max_grad_norm: None for no clipping.
+    checkpoint_dir: the folder that run folders lie in. max_grad_norm: None for no clipping. max_skipped_steps: steps in
+    a row whose gradient is not finite, which are left out, before the run stops.
     """
 
     SECTION: ClassVar[str] = "train"
@@ -73,6 +74,8 @@ class TrainConfig(Section):
     minibatch_size: PositiveInt | None = None
     max_grad_norm: PositiveReal | None = 1.0
     gradient_checkpointing: Flag = False
+    keep_checkpoints: PositiveInt = 2
+    max_skipped_steps: PositiveInt = 3
 
     def check(self) -> None:
         if self.minibatch_size is not None and self.batch_size % self.minibatch_size:

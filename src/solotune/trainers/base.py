@@ -28,6 +28,7 @@ from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import PromptSampler, Texts, on_main
+from solotune.trainers.signals import Stop, stop_requests
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
@@ -130,15 +131,30 @@ class Trainer(ABC):
             self.say(f"resumed from {resume_from} at round {self.rounds_done}, step {self.steps_done}")
         else:
             self.evaluate_and_record()
-        with round_progress(self.plan.rounds, self.rounds_done, self.accelerator.is_main_process) as progress:
-            while self.steps_done < self.plan.total_steps:
+        shown = self.accelerator.is_main_process
+        with stop_requests() as stop, round_progress(self.plan.rounds, self.rounds_done, shown) as progress:
+            while not self.is_over:
                 metrics = self.train_round()
                 progress.advance(metrics)
                 self.post_epoch_callback()
                 if on_round is not None:
                     on_round(metrics)
+                if self._is_asked_to_stop(stop) and not self.is_over:
+                    self.save_checkpoint()
+                    self.say(f"stopped after round {self.rounds_done}; saved")
+                    raise SystemExit(stop.exit_code)
         if self.evaluated_step != self.steps_done:  # resumed with nothing left to do
             self.evaluate_and_record()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the planned steps or rounds are done; a round that ended early takes fewer steps."""
+        return self.steps_done >= self.plan.total_steps or self.rounds_done >= self.plan.rounds
+
+    def _is_asked_to_stop(self, stop: Stop) -> bool:
+        """Whether any process got a signal: all of them stop after the same round."""
+        asked = torch.tensor(float(stop.signal_number is not None), device=self.device)
+        return bool(self.sum_over_processes(asked) > 0)
 
     def post_epoch_callback(self) -> None:  # noqa: B027  may be overridden, need not be
         """For subclasses: called after every round (trlX's name)."""
@@ -172,8 +188,7 @@ class Trainer(ABC):
     def tell(self, metrics: dict[str, Any], first_step: int) -> None:
         """Evaluate and save where an interval was crossed or the run is over; write the round's metrics."""
         train = self.config.train
-        is_over = self.steps_done >= self.plan.total_steps
-        if is_over or self.steps_done // train.eval_interval > first_step // train.eval_interval:
+        if self.is_over or self.steps_done // train.eval_interval > first_step // train.eval_interval:
             self.evaluate_and_record()
         seconds = self.clock.end_round()
         tokens = metrics.pop("rollout/all_tokens")
@@ -186,7 +201,7 @@ class Trainer(ABC):
             self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
         vf_coef = float(getattr(self.config.method, "vf_coef", 0.0))
         self.accelerator.log(tracking.round_names(metrics, vf_coef), step=self.steps_done)
-        if is_over or self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval:
+        if self.is_over or self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval:
             self.save_checkpoint()
 
     def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:
@@ -243,11 +258,11 @@ class Trainer(ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint, `step_N`, into a folder: what resuming needs (not with `train.save_optimizer` false), and
-        in `hf_model` what PEFT or transformers load. Of those in the folder the last two are kept."""
+        in `hf_model` what PEFT or transformers load. The last `train.keep_checkpoints` in the folder are kept."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer if self.config.train.save_optimizer else None
-            with checkpoint.writing(Path(folder), self.steps_done) as aside:
+            with checkpoint.writing(Path(folder), self.steps_done, self.config.train.keep_checkpoints) as aside:
                 self.save_pretrained(aside / "hf_model")
                 if optimizer is not None:
                     checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state())

@@ -3,12 +3,15 @@
 checkpoints/step_000400/  tensors.safetensors   trained tensors, optimizer state, torch's random state
                               state.json           round, step, controller, moments, schedule, other random states
                               hf_model/            what PEFT or transformers load, and the critic
+                              manifest.json        sha256 of each of these files
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -18,32 +21,61 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from solotune.errors import ConfigError
+from solotune.errors import CheckpointError, ConfigError
 
 KEEP = 2
+MANIFEST = "manifest.json"
+
+log = logging.getLogger("solotune")
 
 
 @contextlib.contextmanager
-def writing(folder: Path, step: int) -> Iterator[Path]:
-    """A folder to fill that is renamed to `step_N` when the block ends; older ones but the last are removed after that.
+def writing(folder: Path, step: int, keep: int = KEEP) -> Iterator[Path]:
+    """A folder to fill that becomes `step_N` when the block ends: whole, with a hash of every file, or not at all.
+
+    The files reach the disk before the folder gets its name; older checkpoints but the last are removed after that.
 
     Args:
         folder: the run's `checkpoints`.
         step: optimizer steps so far, in the checkpoint's name.
+        keep: how many checkpoints stay, this one included.
+    Raises:
+        CheckpointError: the disk is full, the folder is read-only, or the like; earlier checkpoints are untouched.
     """
     target = folder / f"step_{step:06d}"
     aside = folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        hashes = {path.relative_to(aside).as_posix(): _sha256(path) for path in files}
+        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        for path in [*files, aside / MANIFEST, aside]:
+            _to_disk(path)
+        if target.exists():  # a round that is played again: never a moment without either
+            replaced = folder / f".{target.name}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(target, replaced)
+            os.replace(aside, target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.replace(aside, target)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        left = newest(folder) if folder.is_dir() else None
+        raise CheckpointError(
+            f"the checkpoint {str(target)!r} could not be written: {error}; "
+            + (f"the last good one is {str(left)!r}" if left is not None else "there is none yet")
+        ) from error
     by_age = sorted(_by_step(folder.glob("step_*")), key=lambda path: path.stat().st_mtime_ns)
-    for old in by_age[:-KEEP]:
+    for old in by_age[:-keep]:
         shutil.rmtree(old)
 
 
@@ -79,17 +111,56 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder that can be resumed, oldest first."""
+    """The checkpoints in a folder that were made to be resumed, oldest first."""
     return _by_step(path.parent for path in folder.glob("step_*/state.json"))
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: each is there, and has the hash it was written with."""
+    try:
+        hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if (path / name).resolve().is_relative_to(path.resolve()) and _sha256(path / name) == expected:
+                continue
+            return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    missing = {"state.json", "tensors.safetensors"} - hashes.keys()
+    return f"{', '.join(sorted(missing))} is not in {MANIFEST}" if missing else None
+
+
 def newest(folder: Path) -> Path | None:
-    """The folder itself where it is a checkpoint, else the newest one in it or in its `checkpoints`; None if there is
-    none."""
-    if (folder / "state.json").exists():
-        return folder
-    found = saved(folder / "checkpoints") or saved(folder)
-    return found[-1] if found else None
+    """The newest intact checkpoint of a run's folder, or of its `checkpoints`; None if there is none.
+
+    A folder that is a checkpoint itself is that one or nothing else.
+
+    Raises:
+        CheckpointError: it is a checkpoint, and damaged.
+    """
+    if (folder / "state.json").exists() or folder.name.startswith("step_"):
+        if folder.exists() and (reason := damage(folder)) is not None:
+            raise CheckpointError(f"checkpoint {str(folder)!r} is damaged: {reason}; give its run's folder for another")
+        return folder if folder.exists() else None
+    for path in reversed(saved(folder / "checkpoints") or saved(folder)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): trying the one before it", path, reason)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _by_step(paths: Iterable[Path]) -> list[Path]:
@@ -105,8 +176,8 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "tensors.safetensors")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}

@@ -30,7 +30,7 @@ from solotune.algorithms.ppo import PPOLoss, explained_variance, ppo_loss
 from solotune.algorithms.rewards import RunningMoments, scale_and_clip, token_rewards
 from solotune.config import PPOConfig, TRLConfig, describe_steps
 from solotune.data.prompts import Prompts
-from solotune.errors import ConfigError
+from solotune.errors import ConfigError, TrainingError
 from solotune.methods import LOSS_NAMES
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
@@ -109,6 +109,7 @@ class PPOTrainer(Trainer):
         self.moments = RunningMoments(self.sum_over_processes)
         self.ref_std = method.ref_std
         self._told_surplus = False
+        self.skipped_in_a_row = 0
         if self.rollout_settings.is_biased:
             self.say(
                 f"method.gen_kwargs: top_k={self.rollout_settings.top_k} and top_p={self.rollout_settings.top_p} draw "
@@ -190,17 +191,53 @@ class PPOTrainer(Trainer):
         for epoch in range(self.method.ppo_epochs):
             counter = self.rounds_done * self.method.ppo_epochs + epoch
             batches = minibatches(rollouts.n_rollouts, self.config.train.batch_size, self.config.train.seed, counter)
-            for rows in batches[: self.plan.total_steps - self.steps_done]:
+            batches = batches[: self.plan.total_steps - self.steps_done]
+            for rows in batches:
                 steps.append(self.optimizer_step(rollouts, measured, credit, rows.to(self.device)))
                 self.steps_done += 1
             self.post_backward_callback()
+            if self._has_moved_too_far(steps[len(steps) - len(batches) :]):
+                break
         names = (
             *("policy/loss", "value/loss", "policy/approx_kl", "policy/clipfrac", "value/clipfrac", "policy/ratio"),
             "policy/grad_norm",
         )
         means = self.sum_over_processes(torch.stack(steps).double()) / self.accelerator.num_processes
-        averages = dict(zip(names, means.mean(0).tolist(), strict=True))
-        return {**averages, "policy/lr": float(self.scheduler.get_last_lr()[0])}
+        taken = means[:, -1].isfinite()
+        self._count_skipped(taken.tolist(), rollouts)
+        averages = dict(zip(names, means[taken].mean(0).tolist(), strict=True))
+        skipped = float(len(taken) - int(taken.sum()))
+        return {**averages, "policy/lr": float(self.scheduler.get_last_lr()[0]), "policy/skipped_steps": skipped}
+
+    def _has_moved_too_far(self, steps: list[Tensor]) -> bool:
+        """Whether a pass over the rollouts moved the policy by more than `target_kl`."""
+        if self.method.target_kl is None or not steps:
+            return False
+        approx_kl = self.sum_over_processes(torch.stack(steps)[:, 2].mean()) / self.accelerator.num_processes
+        return float(approx_kl) > self.method.target_kl
+
+    def _count_skipped(self, taken: list[bool], rollouts: Rollouts) -> None:
+        """Steps in a row, over rounds, whose gradient was not finite; after too many the run is stopped.
+
+        Raises:
+            TrainingError: `train.max_skipped_steps` of them; statistics and the round's rollouts are in files.
+        """
+        most = 0
+        for was_taken in taken:
+            self.skipped_in_a_row = 0 if was_taken else self.skipped_in_a_row + 1
+            most = max(most, self.skipped_in_a_row)
+        if not all(taken):
+            log.warning("%d steps were left out: their gradient was not finite", len(taken) - sum(taken))
+        if most < self.config.train.max_skipped_steps:
+            return
+        where = ""
+        if self.run is not None:
+            where = f"; statistics and the round's rollouts are in {self.run.save_failure(self.model, rollouts)}"
+        raise TrainingError(
+            f"the gradient of {most} steps in a row was not finite (train.max_skipped_steps = "
+            f"{self.config.train.max_skipped_steps}){where}. Lower optimizer.kwargs.lr or look at the rewards; "
+            "--resume goes on from the last checkpoint"
+        )
 
     def optimizer_step(self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor) -> Tensor:
         """One step on the given rollouts; the gradient does not depend on how they are cut into micro-batches.
@@ -209,12 +246,25 @@ class PPOTrainer(Trainer):
         """
         totals = self.in_memory(partial(self._accumulate, rollouts, measured, credit, rows))
         limit = self.config.train.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
-        totals[6] = torch.as_tensor(norm)
-        self.optimizer.step()
+        norm = torch.as_tensor(
+            self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
+        )
+        totals[6] = norm
+        self._step_if_finite(norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return totals
+
+    def _step_if_finite(self, norm: Tensor) -> None:
+        """Leave the parameters and the optimizer as they are where the gradient is not finite."""
+        inner = self.optimizer.optimizer
+        if self.device.type == "cuda" and inner.defaults.get("fused"):
+            inner.found_inf = (
+                ~norm.isfinite()
+            ).float()  # fused optimizers look at it themselves: the host need not wait
+            self.optimizer.step()
+        elif bool(norm.isfinite()):
+            self.optimizer.step()
 
     def _accumulate(
         self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor, micro_batch: int
@@ -324,10 +374,11 @@ class PPOTrainer(Trainer):
 
     def state(self) -> dict[str, Any]:
         own = {"kl_controller": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
-        return {**super().state(), **own, "ref_std": self.ref_std}
+        return {**super().state(), **own, "ref_std": self.ref_std, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
         self.ref_std = state["ref_std"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]

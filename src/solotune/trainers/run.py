@@ -187,6 +187,12 @@ def _run(
         console.print(
             f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False
         )
+        if recipe is not None:
+            console.print(
+                f"after an interruption: solotune train {out / 'config.yaml'} --resume --out {out}",
+                highlight=False,
+                soft_wrap=True,
+            )
     tracking.start(accelerator, config, out.name)
     trainer.learn(start_from, on_round)
     finish(trainer, run)

@@ -9,7 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import nn
+
 from solotune.errors import ConfigError
+from solotune.rollout.records import Rollouts
 
 
 class RunFolder:
@@ -56,9 +60,29 @@ class RunFolder:
         """Write a whole JSON file at once: readers see the old one or the new one."""
         if not self._writes:
             return
-        aside = self.path / f".{name}.partial"
+        aside = (self.path / name).with_name(f".{Path(name).name}.partial")
         aside.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(aside, self.path / name)
+
+    def save_failure(self, model: nn.Module, rollouts: Rollouts) -> Path:
+        """Statistics of the trained tensors (norm, largest number, share that is finite) as JSON, and a round's
+        rollouts as safetensors beside it; returns the folder."""
+        folder = self.path / "failure"
+        if self._writes:
+            folder.mkdir(exist_ok=True)
+            trained = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+            statistics = {
+                name: {
+                    "norm": float(p.norm()),
+                    "largest": float(p.abs().max()),
+                    "finite": float(p.isfinite().float().mean()),
+                }
+                for name, p in trained.items()
+            }
+            self.write_json("failure/tensors.json", statistics)
+            tensors = {name: x.cpu().contiguous() for name, x in rollouts._asdict().items() if x is not None}
+            save_file(tensors, folder / "rollouts.safetensors")
+        return folder
 
     def cut_after(self, round_index: int) -> None:
         """Drop the lines of rounds after `round_index`: they are about to be written again."""
