@@ -18,6 +18,7 @@ Five parts, each of which is left out by `--skip`, and each of which that fails 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -80,6 +81,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        gc.collect()  # a policy and its hooks refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -344,10 +346,10 @@ def main() -> None:
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
     }
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "parity": lambda: part_parity(device),
         "round": lambda: part_round(shape, device, dtype, rounds),
         "decode": lambda: part_decode(shape, device, dtype),
         "7b": lambda: part_7b(shape, device, dtype),
+        "parity": lambda: part_parity(device),  # last: a capture that fails can leave the device unusable
     }
     if options.model:
         parts["learn"] = lambda: part_learn(options.model, shape, device, dtype)

@@ -111,7 +111,12 @@ class TRLConfig(Section):
         """Raises ConfigError where settings of one section or of two contradict each other."""
         for name in _SECTIONS:
             getattr(self, name).check()
-        problems = [*_nothing_trains(self), *_generation_problems(self), *_adaptive_kl_problems(self)]
+        problems = [
+            *_nothing_trains(self),
+            *_quantization_problems(self),
+            *_generation_problems(self),
+            *_adaptive_kl_problems(self),
+        ]
         if not self.AS_TRLX:
             problems += _remainder_problems(self)
         if problems:
@@ -171,6 +176,16 @@ def _nothing_trains(config: TRLConfig) -> Iterable[str]:
             "model.num_layers_unfrozen = 0: nothing would train without LoRA; must be -1 (everything) or at least 1, "
             "or give model.peft_config"
         )
+
+
+def _quantization_problems(config: TRLConfig) -> Iterable[str]:
+    if config.model.quantization is None:
+        return
+    where = f"model.quantization = {config.model.quantization}"
+    if getattr(config.method, "num_value_layers_unfrozen", 0):
+        yield f"{where}: weights in so few bits cannot be trained; set method.num_value_layers_unfrozen to 0"
+    if not isinstance(config.model.model_path, str):
+        yield f"{where}: model.model_path must be a name or a folder, whose weights are quantised as they are read"
 
 
 def _generation_problems(config: TRLConfig) -> Iterable[str]:

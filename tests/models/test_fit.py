@@ -9,7 +9,7 @@ from solotune.errors import ConfigError
 from solotune.models.fit import Fit, Part, advice, fit, parse_size
 from solotune.models.loading import build_policy
 from tests.models.test_split import KINDS, rollouts_of
-from tests.tiny import tiny_config, tiny_ppo_config
+from tests.tiny import save_tiny, tiny_config, tiny_ppo_config
 
 
 def config_of(folder, architecture="llama", model=None, **sections):
@@ -28,7 +28,9 @@ def part(fitted, start):
 def test_weights_are_those_of_the_model(tiny_folder, architecture, kind):
     config = config_of(tiny_folder, architecture, KINDS[kind])
     fitted, policy = fit(config), build_policy(config)
-    assert part(fitted, "weights, frozen") == 2 * sum(p.numel() for p in policy.parameters() if not p.requires_grad)
+    copies = sum(p.numel() for p in policy.reference.parameters())  # of tensors trained in fp32
+    frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
+    assert part(fitted, "weights, frozen") == 2 * (frozen - copies) + 4 * copies
     assert part(fitted, "weights, trained") == 4 * sum(p.numel() for p in policy.trainable_parameters())
 
 
@@ -77,8 +79,20 @@ def test_gradient_checkpointing_and_smaller_passes_need_less(tiny_folder):
     assert part(smaller, "activations") < 0.6 * part(plain, "activations")  # positions are kept once
 
 
+def test_what_cannot_be_quantised_is_said(tiny_folder):
+    given = {"model_path": str(tiny_folder), "quantization": "nf4"}
+    with pytest.raises(ConfigError, match="num_value_layers_unfrozen to 0"):
+        tiny_ppo_config(tiny_folder, model=given, method={"num_value_layers_unfrozen": 1})
+    with pytest.raises(ConfigError, match=r"give\s+model\.delta_kwargs or model\.peft_config"):
+        tiny_ppo_config(tiny_folder, model={**given, "delta_kwargs": None})
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        build_policy(tiny_ppo_config(tiny_folder, model=given))
+
+
 def test_few_bits_are_for_the_linear_layers_of_the_blocks(tiny_folder):
-    full, few = (fit(config_of(tiny_folder, model={"quantization": q})) for q in (None, "int8"))
+    configs = [config_of(tiny_folder), config_of(tiny_folder)]
+    configs[1].model.quantization = "int8"
+    full, few = map(fit, configs)
     config = tiny_config("llama")
     linear = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     assert part(full, "weights, frozen") - part(few, "weights, frozen") == linear
@@ -90,8 +104,10 @@ def test_the_most_at_one_time_is_of_the_larger_phase():
     assert fitted.total == pytest.approx(4e9 * 1.05 + 0.6e9)
 
 
-def test_advice_is_what_helps(tiny_folder):
-    config = config_of(tiny_folder, train={"batch_size": 4})
+def test_advice_is_what_helps(tiny_folder, tmp_path):
+    save_tiny(tmp_path / "llama", "llama")
+    paths = {"model": {"model_path": str(tmp_path / "llama")}, "tokenizer": {"tokenizer_path": str(tmp_path / "llama")}}
+    config = tiny_ppo_config(tiny_folder, train={"batch_size": 4}, **paths)
     lines = advice(config, fit(config), limit=1e12)
     assert any("minibatch_size=2" in line and "fits" in line for line in lines)
     assert any("quantization=nf4" in line for line in lines)
@@ -136,4 +152,5 @@ def test_llama_7b_fits_where_it_has_to(tiny_folder):
     config = tiny_ppo_config(tiny_folder, **sections, model={"delta_kwargs": None, "peft_config": peft})
     config.model.model_path = LlamaConfig(vocab_size=32000)
     assert fit(config).total < 20e9
-    assert fit(config.evolve(model={"quantization": "nf4"})).total < 9e9
+    config.model.quantization = "nf4"
+    assert fit(config).total < 9e9

@@ -5,10 +5,10 @@ import torch
 
 from solotune.models.split import Decoder, Head, InputRecorder
 from solotune.rollout.draw import row_uniforms
-from solotune.rollout.records import FinishReason
+from solotune.rollout.records import FinishReason, positions_of
 from solotune.rollout.sampler import sample
 from solotune.rollout.settings import SamplingSettings
-from solotune.rollout.static import PARITY_TESTED, StaticSampler
+from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
 from tests.rollout.test_sampler import STEPS, prompts
 from tests.tiny import ARCHITECTURES, PAD, tiny_lm
 
@@ -87,6 +87,27 @@ def test_every_way_to_draw(architecture, settings):
     both = Both(architecture)
     ids, mask = prompts((8, 3) * 10)
     assert_equal(*both.rollouts(ids, mask, **settings))
+
+
+def test_the_storage_grows_and_the_cache_with_it():
+    """Many rows, then fewer with wider prompts, then many again: the cache has room for the most of both."""
+    both = Both("llama")
+    for lengths in ((4,) * 20, (15, 9), (4,) * 20, (15,) * 20):
+        assert_equal(*both.rollouts(*prompts(lengths)))
+
+
+@EVERY
+def test_ready_made_masks_are_the_models_own(architecture):
+    """What the trainer hands over on a GPU, where a model would read the padding's mask on the host."""
+    lm = tiny_lm(architecture)
+    ids, mask = prompts((12, 9, 5, 12))
+    decoder = Decoder(lm).module
+    positions = positions_of(mask)
+    with torch.no_grad():
+        own = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+        ready = sequence_masks(decoder.config, mask, torch.float32)
+        given = decoder(input_ids=ids, attention_mask=ready, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(given.last_hidden_state[mask], own.last_hidden_state[mask], atol=1e-5, rtol=1e-5)
 
 
 def test_a_window_that_is_off():

@@ -19,7 +19,7 @@ LogitsOf = Callable[[Tensor], Tensor]
 # Logits of a chunk, c * V. On a CPU the chunk should stay near the caches; a GPU wants large matrix products. Three
 # buffers of this size at most are alive at once.
 CPU_CHUNK_ELEMENTS = 2**23
-GPU_CHUNK_ELEMENTS = 2**26
+GPU_CHUNK_ELEMENTS = 2**25
 
 
 class LogprobStats(NamedTuple):

@@ -77,7 +77,8 @@ def ppo_loss(
     }
     check_same_shape(**tensors, mask_BT=mask_BT)
     check_mask(mask_BT)
-    if not denominator > 0:
+    # A tensor on a GPU is not looked at: the host would wait for it.
+    if not (isinstance(denominator, Tensor) and denominator.is_cuda) and not denominator > 0:
         raise ValueError(f"denominator={float(denominator)}: it must be the number of response tokens, above 0")
     # Taken under the mask before any arithmetic: NaN in padding would survive a product with 0, also in the gradient.
     logprobs, values, old_logprobs, old_values, advantages, returns = (

@@ -57,7 +57,7 @@ class Fit(NamedTuple):
 
     def table(self) -> Table:
         """The parts for the terminal."""
-        table = Table("part", "memory", "while")
+        table = Table("part", "memory", "while", title="without the reward model")
         for part in self.parts:
             table.add_row(part.name, format_bytes(part.size), part.only_while or "always")
         table.add_section()
@@ -89,10 +89,11 @@ def fit(config: TRLConfig) -> Fit:
 
     trained = sum(p.numel() for p in policy.trainable_parameters())
     frozen = _frozen_bytes(policy, config.model.quantization)
+    is_mixed = not is_adapted and policy.start > 0  # blocks trained in place are fp32 between bf16 neighbours
     n_blocks = int(text_config.num_hidden_layers)
     heads = int(getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads)
     head_width = int(getattr(text_config, "head_dim", None) or hidden // int(text_config.num_attention_heads))
-    per_position = 2 * n_blocks * heads * head_width * BF16
+    per_position = 2 * n_blocks * heads * head_width * (BF16 if is_adapted or is_mixed else FP32)
     kept = capacity * hidden * BF16 if policy.start > 0 else 0
     is_8bit = "8bit" in config.optimizer.name
     moments = {"sgd": 0}.get(config.optimizer.name, 2) * (1 if is_8bit else FP32)
@@ -107,7 +108,7 @@ def fit(config: TRLConfig) -> Fit:
         Part(f"prompts of {width} tokens", rows * width * 8 * hidden * BF16, "sampling"),
         Part(
             f"activations of {micro_batch} x {capacity} tokens",
-            _saved_bytes(policy, micro_batch, capacity, train.gradient_checkpointing) * (1.0 if is_adapted else 0.5),
+            _saved_bytes(policy, micro_batch, capacity, train.gradient_checkpointing) * (0.5 if is_mixed else 1.0),
             "an update",
         ),
         Part("logits of a chunk of tokens", BUFFERS_OF_A_CHUNK * logits * FP32, "an update"),
@@ -166,7 +167,13 @@ def _frozen_bytes(policy: PolicyModel, quantization: str | None) -> float:
         layers = (m for m in policy.decoder.blocks.modules() if isinstance(m, nn.Linear))
         in_few_bits = {id(layer.weight) for layer in layers if not layer.weight.requires_grad}
     few = QUANTIZED_BYTES.get(quantization or "", BF16)
-    return sum(p.numel() * (few if id(p) in in_few_bits else BF16) for p in policy.parameters() if not p.requires_grad)
+    copies = {id(p) for p in policy.reference.parameters()}  # of what is trained in fp32
+
+    def size(parameter: nn.Parameter) -> float:
+        each = FP32 if id(parameter) in copies else few if id(parameter) in in_few_bits else BF16
+        return parameter.numel() * each
+
+    return sum(size(p) for p in policy.parameters() if not p.requires_grad)
 
 
 def _saved_bytes(policy: PolicyModel, rows: int, width: int, checkpointed: bool) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
-from solotune.models.split import Decoder, Head, InputRecorder, Top, cast_input
+from solotune.models.split import Decoder, Head, InputRecorder, Top, cast_input, hidden_dtype
 from solotune.rollout.generate import generate
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
-from solotune.rollout.static import StaticSampler
+from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
+
+log = logging.getLogger("solotune")
 
 CRITIC_FILE = "value_head.safetensors"
 Task = Literal["sample", "generate", "measure", "update", "whole"]
@@ -149,6 +152,7 @@ class PolicyModel(nn.Module):
             cast_input(self.decoder.blocks[self.start])
         self.value_branch = value_branch
         self._static_sampler: StaticSampler | None = None
+        self._told_growing = False
         self._branch_input = None  # where the branch starts above the split: what the policy hands to that block
         if value_branch is not None:
             _checkpoint_like(self.decoder.blocks[-1], value_branch.blocks)
@@ -178,6 +182,8 @@ class PolicyModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """`transformers.generate` of the policy."""
+        if self._checkpointing:
+            self.top.train(False)  # checkpointed blocks would drop their cache
         with torch.no_grad(), self._autocast():
             return self.backbone.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -214,6 +220,9 @@ class PolicyModel(nn.Module):
                 if self._static_sampler is None:
                     self._static_sampler = StaticSampler(self.decoder.module, self.head, take_trunk)
                 return self._static_sampler.sample(*args, **kwargs)
+            if device.type == "cuda" and not self._told_growing:
+                self._told_growing = True
+                log.info("%s is sampled with growing shapes, which is slower", self.decoder.module.config.model_type)  # type: ignore[union-attr]
             return sample(self.decoder.module, self.head, *args, take_trunk=take_trunk, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Rollouts:
@@ -268,6 +277,9 @@ class PolicyModel(nn.Module):
         """Hidden states from which each response token was predicted, (b, T, H); `given` has the top's input where that
         is not the trunk's output."""
         ids_bS, mask_bS, positions_bS = rollouts.inputs
+        if mask_bS.is_cuda and PARITY_TESTED.get(self.decoder.module.config.model_type) is not None:  # type: ignore[union-attr]
+            dtype = hidden_dtype(self.decoder.blocks[-1])
+            mask_bS = sequence_masks(self.decoder.module.config, mask_bS, dtype)
         if self._checkpointing:
             top.train(torch.is_grad_enabled())
         trunk_bSH = rollouts.trunk_NSH if given is None else given.take()
@@ -278,20 +290,18 @@ class PolicyModel(nn.Module):
         self, hidden_bTH: Tensor, rollouts: Rollouts, temperature: float, head: Head, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         mask_bT = rollouts.response_mask_NT
-        # Picking the response tokens out saves the head's work on padding; on a GPU it would make the host wait.
-        picked_bT = mask_bT if hidden_bTH.device.type == "cpu" else torch.ones_like(mask_bT)
-        stats = chunked_logprobs(
-            hidden_bTH[picked_bT],
-            rollouts.response_ids_NT[picked_bT],
-            head,
-            temperature=temperature,
-            want_entropy=entropy,
-        )
         zeros_bT = torch.zeros(mask_bT.shape, device=mask_bT.device)
-        logprobs_bT = zeros_bT.masked_scatter(picked_bT, stats.logprobs_N).masked_fill(~mask_bT, 0.0)
-        if stats.entropies_N is None:
-            return logprobs_bT, zeros_bT
-        return logprobs_bT, zeros_bT.masked_scatter(picked_bT, stats.entropies_N).masked_fill(~mask_bT, 0.0)
+        # Picking the response tokens out saves the head's work on padding; on a GPU it would make the host wait.
+        picks = hidden_bTH.device.type == "cpu"
+        hidden_NH = hidden_bTH[mask_bT] if picks else hidden_bTH.flatten(0, 1)
+        targets_N = rollouts.response_ids_NT[mask_bT] if picks else rollouts.response_ids_NT.flatten()
+
+        def back(x_N: Tensor) -> Tensor:
+            return zeros_bT.masked_scatter(mask_bT, x_N) if picks else x_N.view_as(mask_bT).masked_fill(~mask_bT, 0.0)
+
+        stats = chunked_logprobs(hidden_NH, targets_N, head, temperature=temperature, want_entropy=entropy)
+        entropies_bT = zeros_bT if stats.entropies_N is None else back(stats.entropies_N)
+        return back(stats.logprobs_N), entropies_bT
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Blocks trained in place are fp32 between bf16 neighbours: they are multiplied in bf16 as well."""

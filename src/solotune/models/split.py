@@ -114,9 +114,17 @@ class InputRecorder:
         return hidden_BTH
 
 
+def hidden_dtype(block: nn.Module) -> torch.dtype:
+    """What a block computes in: the precision of its frozen numbers (LoRA's are fp32, quantised weights are bytes), or
+    of the trained ones where all are."""
+    floating = [p for p in block.parameters() if p.is_floating_point()]
+    frozen = [p for p in floating if not p.requires_grad]
+    return (frozen or floating)[0].dtype
+
+
 def cast_input(block: nn.Module) -> None:
     """Make a block take hidden states of another precision than its own: the first block above a bf16 trunk."""
-    dtype = next(block.parameters()).dtype
+    dtype = hidden_dtype(block)
 
     def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -152,7 +160,7 @@ class Top:
             self._module = module
             return
         own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
-        self._dtype = next(own[0].parameters()).dtype
+        self._dtype = hidden_dtype(own[0])
         own[0] = _without_hooks(own[0])
         own[0].register_forward_pre_hook(self._replace, with_kwargs=True)
         self._module = _shallow_copy(module, {decoder.list_name: nn.ModuleList(own), **(norms or {})})

@@ -92,7 +92,7 @@ def _draw_rows(
     left_out_B: Tensor | float = 0.0
     if excluded_E is not None:
         left_out_B = weights_BV[:, excluded_E].sum(-1, dtype=torch.float64)
-        weights_BV[:, excluded_E] = 0.0
+        weights_BV.index_fill_(1, excluded_E, 0.0)
     if top_k > 0 or top_p < 1.0:
         total_B = weights_BV.sum(-1, dtype=torch.float64)
         order_BV, ids_BV = _most_likely(weights_BV, total_B, top_k, top_p)

@@ -15,6 +15,7 @@ positions of the cache, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -93,15 +94,15 @@ class FixedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, capacity: int, slot_1: Tensor):
+    def __init__(self, n_rows: int, capacity: int, slot_1: Tensor):
         super().__init__()
-        self._capacity, self._slot_1 = capacity, slot_1
+        self._n_rows, self._capacity, self._slot_1 = n_rows, capacity, slot_1
         self.is_stepping = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because a mask hides a number and not a NaN.
         self.keys, self.values = (
-            states.new_zeros((*states.shape[:-2], self._capacity, states.shape[-1]))
+            states.new_zeros((self._n_rows, states.shape[1], self._capacity, states.shape[-1]))
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -132,13 +133,13 @@ class FixedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self._capacity
 
-    def move_rows(self, sources: list[int]) -> None:
-        """Row i becomes what row `sources[i]` is, in place; the sources ascend."""
+    get_max_cache_shape = get_max_length  # its name in transformers 5.17
+
+    def move_rows(self, sources_b: Tensor) -> None:
+        """Row i becomes what row `sources_b[i]` is."""
         for states in (self.keys, self.values):
             assert states is not None
-            for target, source in enumerate(sources):
-                if target != source:
-                    states[target] = states[source]
+            states[: len(sources_b)] = states[sources_b]
 
 
 class StaticSampler:
@@ -168,8 +169,12 @@ class StaticSampler:
 
     @staticmethod
     def admits(config: Any) -> bool:
-        """Whether the parity of this architecture is tested."""
-        return config.model_type in PARITY_TESTED
+        """Whether the parity of this architecture is tested, and nothing in it makes the host wait in every step."""
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        quantization = getattr(config, "quantization_config", None)
+        looks_for_outliers = getattr(quantization, "load_in_8bit", False)
+        grows = isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope")
+        return config.model_type in PARITY_TESTED and not grows and not looks_for_outliers
 
     @torch.no_grad()
     def sample(
@@ -185,7 +190,7 @@ class StaticSampler:
         """One response a row; the arguments and the result are those of `sampler.sample`."""
         n_rows, width = prompt_ids_BP.shape
         storage = self._prepared(n_rows, width, settings.max_new_tokens)
-        extra = storage.attended_BS.shape[1] - storage.response_ids_BT.shape[1] + 1 - width
+        extra = -width % PROMPT_STEP
         ids_BP = torch.nn.functional.pad(prompt_ids_BP, (extra, 0), value=pad_token_id)
         mask_BP = torch.nn.functional.pad(prompt_mask_BP.bool(), (extra, 0))
         self._prefill(storage, ids_BP, mask_BP, uniforms_BT, settings, pad_token_id)
@@ -264,7 +269,7 @@ class StaticSampler:
             step_1=zeros(1),
         )
         n_blocks = int(self._config.num_hidden_layers)
-        self._cache = Cache(layers=[FixedLayer(capacity, storage.slot_1) for _ in range(n_blocks)])
+        self._cache = Cache(layers=[FixedLayer(n_rows, capacity, storage.slot_1) for _ in range(n_blocks)])
         self._storage = storage
         return storage
 
@@ -336,17 +341,20 @@ class StaticSampler:
             for tensor, before in zip(written, kept, strict=True):
                 tensor.copy_(before)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._run_step(view, settings, pad_token_id, excluded_E)
-                restore()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._run_step(view, settings, pad_token_id, excluded_E)
+        # Autocast's cache of casted weights is freed when it ends, and would be read by every replay.
+        uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
+        with uncached if torch.is_autocast_enabled("cuda") else contextlib.nullcontext():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._run_step(view, settings, pad_token_id, excluded_E)
+                    restore()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=pool):
+                self._run_step(view, settings, pad_token_id, excluded_E)
         restore()
         return graph
 
@@ -395,7 +403,7 @@ class StaticSampler:
         logprobs_b = torch.where(running_b, drawn.logprobs_B, 0.0)
         view.logprobs_BT.index_copy_(1, view.step_1, logprobs_b[:, None])
         eos_E = _ids(settings.eos_token_ids, tokens_b.device)
-        ended_b = running_b & torch.isin(tokens_b, eos_E)
+        ended_b = running_b & (tokens_b[:, None] == eos_E).any(-1)
         view.finish_B.copy_(torch.where(ended_b, int(FinishReason.EOS), view.finish_B))
         view.tokens_B1.copy_(tokens_b[:, None])
         view.step_1.add_(1)
@@ -421,7 +429,7 @@ class StaticSampler:
                 tensor[: len(sources)] = tensor[where]
         for layer in self._cache.layers:
             assert isinstance(layer, FixedLayer)
-            layer.move_rows(sources)
+            layer.move_rows(where)
 
     def _set_stepping(self, is_stepping: bool) -> None:
         assert self._cache is not None
@@ -436,6 +444,18 @@ def layer_masks(config: Any, full: Tensor, windowed: Tensor) -> Any:
     if kind == "by layer":
         return {"full_attention": full, "sliding_attention": windowed}
     return windowed if kind == "window" else full
+
+
+def sequence_masks(config: Any, mask_BS: Tensor, dtype: torch.dtype) -> Any:
+    """The masks of whole sequences, ready-made: given the mask of their padding, (B, S), models read it on the host."""
+    positions_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    distance_SS = positions_S[:, None] - positions_S
+    may_look_BSS = (distance_SS >= 0) & mask_BS.bool()[:, None, :]
+    full = _additive(may_look_BSS, dtype)
+    window = getattr(config, "sliding_window", None)
+    return layer_masks(
+        config, full, full if window is None else _additive(may_look_BSS & (distance_SS < window), dtype)
+    )
 
 
 _constants: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -460,9 +480,11 @@ def _choose(logits_bV: Tensor, uniforms_b: Tensor, settings: SamplingSettings, e
     return greedy(logits_bV, settings.temperature, excluded_E)
 
 
-def _additive(may_look_bS: Tensor, dtype: torch.dtype) -> Tensor:
-    hidden_bS = torch.zeros(may_look_bS.shape, dtype=dtype, device=may_look_bS.device)
-    return hidden_bS.masked_fill(~may_look_bS, torch.finfo(dtype).min)[:, None, None, :]
+def _additive(may_look: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, S) or (b, S, S) to what is added to scores, (b, 1, 1, S) or (b, 1, S, S)."""
+    hidden = torch.zeros(may_look.shape, dtype=dtype, device=may_look.device)
+    hidden = hidden.masked_fill(~may_look, torch.finfo(dtype).min)
+    return hidden[:, None, None] if hidden.ndim == 2 else hidden[:, None]
 
 
 def _smaller_batch(batch: int, n_running: int) -> int:

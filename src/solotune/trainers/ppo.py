@@ -190,10 +190,13 @@ class PPOTrainer(Trainer):
         steps: list[Tensor] = []
         for epoch in range(self.method.ppo_epochs):
             counter = self.rounds_done * self.method.ppo_epochs + epoch
+            if self.steps_done >= self.plan.total_steps:
+                break
             batches = minibatches(rollouts.n_rollouts, self.config.train.batch_size, self.config.train.seed, counter)
             batches = batches[: self.plan.total_steps - self.steps_done]
-            for rows in batches:
-                steps.append(self.optimizer_step(rollouts, measured, credit, rows.to(self.device)))
+            order = torch.cat(batches).to(self.device)  # one copy: a copy from the host waits for the device
+            for rows in order.split(self.config.train.batch_size):
+                steps.append(self.optimizer_step(rollouts, measured, credit, rows))
                 self.steps_done += 1
             self.post_backward_callback()
             if self._has_moved_too_far(steps[len(steps) - len(batches) :]):
