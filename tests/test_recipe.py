@@ -1,6 +1,7 @@
 """Recipes: a configuration, the prompts and the reward in one file, and settings replaced from the command line."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from solotune.config import (
     parse_override,
 )
 from solotune.errors import ConfigError
-from solotune.validation import read_yaml, to_yaml
+from solotune.validation import parse_yaml, read_yaml, to_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINING = {"base": "encoder", "data": "asset:film-snippets"}
@@ -202,3 +203,11 @@ def test_the_classic_recipe_is_the_classic_experiment():
     assert config.model.delta_kwargs == lora
     assert (len(recipe.data.eval_prompts), recipe.data.eval_repeats, recipe.data.prompt_words) == (4, 16, 4)
     assert (recipe.reward.classifier, recipe.reward.label) == ("lvwerra/distilbert-imdb", "POSITIVE")
+
+
+def test_the_recipe_in_the_readme_is_one():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    recipe = Recipe.from_dict(parse_yaml(text, "README.md"))
+    recipe.config.check()
+    assert recipe.reward.function == "cats.py:count_cats"

@@ -184,8 +184,11 @@ def export(
     merge: Annotated[Path, typer.Option("--merge", metavar="DIR", help="Where the merged model is written.")],
 ) -> None:
     """Write a run's tuned model as one ordinary model, its adapter merged in."""
+    import transformers
+
     from solotune.models.export import merge_adapter
 
+    transformers.utils.logging.disable_progress_bar()
     typer.echo(f"saved in {merge_adapter(run, merge)}")
 
 
@@ -205,7 +208,10 @@ def _options(
 
 def main() -> None:
     """Entry point of the `solotune` command."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before training takes signals over
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_kill_and_resume(recipe, whole, tmp_path, where, at):
     run = tmp_path / "run"
     killed = start("train", recipe, "--out", run, where=where, at=at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    said = re.search(r"after an interruption: solotune (train .*)", killed.stdout)
+    said = re.search(r"after an interruption: go on with: solotune (train .*)", killed.stdout)
     arguments = shlex.split(said[1]) if said else ["train", str(recipe), "--out", str(run)]
     resumed = start(*arguments)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

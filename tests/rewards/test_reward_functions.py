@@ -190,3 +190,11 @@ def test_a_function_that_cannot_be_loaded_is_named(tmp_path):
     path.write_text("1 / 0")
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         load_function(f"{path}:length")
+
+
+@pytest.mark.parametrize("name", ["<lambda>", "main.<locals>.score"])
+def test_a_function_without_a_name_of_its_own_is_not_looked_for(tmp_path, name):
+    """What a run started from Python has saved: running its script for it would start that run anew."""
+    (tmp_path / "script.py").write_text("raise SystemExit('was run')\n")
+    with pytest.raises(ConfigError, match=r"started from Python.*resume_from_checkpoint"):
+        load_function(f"{tmp_path / 'script.py'}:{name}")

@@ -3,6 +3,9 @@
 import json
 import math
 
+import pytest
+
+from solotune.errors import ConfigError
 from solotune.trainers.run_folder import RunFolder, read_lines
 
 ODD = "line\u2028separator, paragraph\u2029, next\x85line\r, tab\t"
@@ -48,3 +51,11 @@ def test_another_process_writes_nothing(tmp_path):
     run.append(run.metrics, [{"round": 1}])
     run.write_json("summary.json", {})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "keep.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds files that are no run's.*--out"):
+        RunFolder(tmp_path / "notes")
+    assert (tmp_path / "notes" / "keep.txt").read_text() == "mine"

@@ -45,9 +45,10 @@ def merge_adapter(run: Path, target: Path) -> Path:
 
 
 def _saved_model(run: Path) -> Path:
-    for folder in (run / "adapter", run / "model", run):
+    stopped = sorted(run.glob("checkpoints/step_*/hf_model"))[-1:]  # a run that was not finished
+    for folder in (run / "adapter", run / "model", run, *stopped):
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
     raise ModelError(
-        f"{str(run)!r} holds no tuned model; must be the folder of a finished run, which has adapter/ or model/"
+        f"{str(run)!r} holds no tuned model; must be the folder of a run, which has adapter/, model/ or checkpoints/"
     )

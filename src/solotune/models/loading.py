@@ -72,6 +72,7 @@ def build_policy(
         lm.requires_grad_(False)
         # peft asks transformers for it under the old name; nothing a user could change
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft sets it right itself
         try:
             backbone = get_peft_model(lm, adapter)
         except ValueError as error:

@@ -29,6 +29,11 @@ def load_function(reference: str) -> RewardFunction:
         RewardError: the file raised while it ran.
     """
     location, _, name = reference.rpartition(":")
+    if "<" in name:  # a lambda, or a function inside another: what a run that was started from Python has saved
+        raise ConfigError(
+            f"reward.function = {reference!r}: {name} cannot be found by its name. The run was started from Python: "
+            "set train.resume_from_checkpoint to its folder and run the script again"
+        )
     path = Path(location).expanduser()
     if not path.is_file():
         raise ConfigError(f"reward.function = {reference!r}: there is no file {location!r} in {Path.cwd()}")

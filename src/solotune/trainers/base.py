@@ -104,6 +104,7 @@ class Trainer(ABC):
             self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
         self.n_eval_prompts = len(eval_prompts)
         self.micro_batch = config.train.minibatch_size or config.train.batch_size
+        self.resume_hint = "train.resume_from_checkpoint goes on from there"
         self.rounds_done = 0
         self.steps_done = 0
         self.rollout_tokens = 0.0
@@ -141,7 +142,7 @@ class Trainer(ABC):
                     on_round(metrics)
                 if self._is_asked_to_stop(stop) and not self.is_over:
                     self.save_checkpoint()
-                    self.say(f"stopped after round {self.rounds_done}; saved")
+                    self.say(f"stopped after round {self.rounds_done}; saved. {self.resume_hint}")
                     raise SystemExit(stop.exit_code)
         if self.evaluated_step != self.steps_done:  # resumed with nothing left to do
             self.evaluate_and_record()

@@ -187,12 +187,13 @@ def _run(
         console.print(
             f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False
         )
-        if recipe is not None:
-            console.print(
-                f"after an interruption: solotune train {out / 'config.yaml'} --resume --out {out}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        command = f"solotune train {out / 'config.yaml'} --resume --out {out}"
+        trainer.resume_hint = (
+            f"go on with: {command}"
+            if recipe is not None
+            else (f"go on with train.resume_from_checkpoint={str(out)!r} and the same script")
+        )
+        console.print(f"after an interruption: {trainer.resume_hint}", highlight=False, soft_wrap=True)
     tracking.start(accelerator, config, out.name)
     trainer.learn(start_from, on_round)
     finish(trainer, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,10 @@ from torch import nn
 
 from solotune.errors import ConfigError
 from solotune.rollout.records import Rollouts
+
+log = logging.getLogger("solotune")
+
+OWN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "reward_failure.jsonl")
 
 
 class RunFolder:
@@ -30,7 +35,7 @@ class RunFolder:
         if not writes:
             return
         if not continued and path.exists() and any(path.iterdir()):
-            _move_aside(path)
+            log.info("the earlier run is now %s", _move_aside(path))
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,8 +120,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _move_aside(path: Path) -> None:
+def _move_aside(path: Path) -> Path:
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
+    if not any((path / name).exists() for name in OWN_FILES):
+        raise ConfigError(
+            f"the folder {str(path)!r} holds files that are no run's: choose another with --out (or train.run_name and "
+            "train.checkpoint_dir)"
+        )
     path.rename(aside)
+    return aside
