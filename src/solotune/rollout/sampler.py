@@ -80,7 +80,7 @@ def sample(
             if trunk_BSH is None:
                 trunk_BSH = trunk_btH.new_zeros(n_rows, width_P + steps - 1, trunk_btH.shape[-1])
             trunk_BSH[rows_b, first:last] = trunk_btH
-        drawn = _choose(
+        drawn = choose(
             logits_bV, uniforms_BT[rows_b, step], settings, eos_E if step < settings.min_new_tokens else None
         )
         running_b = finish_B[rows_b] == FinishReason.LENGTH
@@ -138,7 +138,8 @@ class _Forward:
         return self._head(output.last_hidden_state[:, -1].contiguous())
 
 
-def _choose(logits_bV: Tensor, uniforms_b: Tensor, settings: SamplingSettings, excluded_E: Tensor | None) -> Draw:
+def choose(logits_bV: Tensor, uniforms_b: Tensor, settings: SamplingSettings, excluded_E: Tensor | None) -> Draw:
+    """The next token of each row, drawn or the most likely one, as the settings say."""
     if settings.do_sample:
         return draw(logits_bV, uniforms_b, settings.temperature, settings.top_k, settings.top_p, excluded_E)
     return greedy(logits_bV, settings.temperature, excluded_E)

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from solotune.rollout.draw import Draw, draw, greedy
 from solotune.rollout.generate import ends_of
 from solotune.rollout.records import FinishReason, Rollouts, positions_of
-from solotune.rollout.sampler import LOOK_EVERY, FindStop
+from solotune.rollout.sampler import LOOK_EVERY, FindStop, choose
 from solotune.rollout.settings import SamplingSettings
 
 log = logging.getLogger("solotune")
@@ -396,7 +395,7 @@ class StaticSampler:
     ) -> None:
         """Draw the token `step_1` of every row that is not finished, and note what ended."""
         uniforms_b = view.uniforms_BT.index_select(1, view.step_1).squeeze(1)
-        drawn = _choose(logits_bV, uniforms_b, settings, excluded_E)
+        drawn = choose(logits_bV, uniforms_b, settings, excluded_E)
         running_b = view.finish_B == int(FinishReason.LENGTH)
         tokens_b = torch.where(running_b, drawn.tokens_B, pad_token_id)
         view.response_ids_BT.index_copy_(1, view.step_1, tokens_b[:, None])
@@ -472,12 +471,6 @@ def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
 def _excluded(step: int, settings: SamplingSettings, device: torch.device) -> Tensor | None:
     """The tokens that may not be drawn at a step: EOS before `min_new_tokens`."""
     return _ids(settings.eos_token_ids, device) if step < settings.min_new_tokens else None
-
-
-def _choose(logits_bV: Tensor, uniforms_b: Tensor, settings: SamplingSettings, excluded_E: Tensor | None) -> Draw:
-    if settings.do_sample:
-        return draw(logits_bV, uniforms_b, settings.temperature, settings.top_k, settings.top_p, excluded_E)
-    return greedy(logits_bV, settings.temperature, excluded_E)
 
 
 def _additive(may_look: Tensor, dtype: torch.dtype) -> Tensor:
