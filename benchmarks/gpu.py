@@ -12,6 +12,7 @@ Five parts, each of which is left out by `--skip`, and each of which that fails 
               that a copy reaches on this card
     parity    greedy output of tiny models in fp32 equals transformers.generate token for token, with captured steps
     7b        LLaMA-7B in bf16: a batch of 32 x (64 + 64) tokens, LoRA r=16 on all linear layers
+    7b-nf4    the same with the frozen weights in 4 bits, where bitsandbytes is installed
     learn     (with --model FOLDER) thirty rounds of PPO on a real model, for a reward that counts a letter
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -257,9 +259,9 @@ def part_parity(device: torch.device) -> dict[str, Any]:
     from tests.tiny import PAD as TINY_PAD
     from tests.tiny import tiny_lm
 
-    result = {}
     torch.backends.cuda.matmul.allow_tf32 = False
-    for architecture in PARITY_TESTED:
+
+    def agrees(architecture: str) -> bool:
         lm: Any = tiny_lm(architecture).to(device)
         decoder = Decoder(lm)
         sampler = StaticSampler(decoder.module, Head(lm, decoder.name), None)
@@ -272,25 +274,35 @@ def part_parity(device: torch.device) -> dict[str, Any]:
             pad_token_id=TINY_PAD,
         )[:, 10:]  # fmt: skip
         eos = tuple({int(token) for token in expected[:, 5]})
-        agrees = True
+        equal = True
         for ends in ((), eos):
             settings = SamplingSettings(16, do_sample=False, eos_token_ids=ends)
             uniforms = row_uniforms(0, 0, range(len(ids)), 16)
             found = sampler.sample(ids, mask, torch.arange(len(ids), device=device), uniforms, settings, TINY_PAD)
             kept, width = found.response_mask_NT, found.response_ids_NT.shape[1]
-            agrees &= bool((found.response_ids_NT == expected[:, :width])[kept].all())
-        result[architecture] = agrees
-    return {"agrees": result, "all": all(result.values())}
+            equal &= bool((found.response_ids_NT == expected[:, :width])[kept].all())
+        return equal
+
+    def outcome(architecture: str) -> bool | str:
+        try:
+            return agrees(architecture)
+        except Exception as error:  # one architecture that fails must not hide the others
+            return f"{type(error).__name__}: {error}"
+
+    result = {architecture: outcome(architecture) for architecture in PARITY_TESTED}
+    return {"agrees": result, "all": all(found is True for found in result.values())}
 
 
-def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype, nf4: bool = False) -> dict[str, Any]:
     """Peak memory and seconds of sampling, measuring and one update of LLaMA-7B, gradient checkpointing on."""
-    forget_peak(device)
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**(tiny | {"vocab_size": 256} if shape.name == "tiny" else {"vocab_size": 32000}))
     torch.manual_seed(0)
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if nf4:
+        in_four_bits(Decoder(lm).blocks, dtype, device)
+    forget_peak(device)  # in use, 16-bit weights never were there
     policy = PolicyModel(lora(lm, 16, 32, "all-linear", None), gradient_checkpointing=True)
     sizes = {"rollouts": 32, "batch_size": 32, "prompt_tokens": 64, "new_tokens": 64}
     if shape.name == "tiny":
@@ -298,7 +310,22 @@ def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str,
     game = Round(policy, Shape(**{**vars(shape), **sizes, "vocabulary": config.vocab_size}), micro_batch=4)
     game.play()
     seconds, _ = game.play()
-    return {"seconds_by_phase": seconds, "peak_memory_bytes": peak_bytes(device), "dtype": str(dtype)}
+    return {"seconds_by_phase": seconds, "peak_memory_bytes": peak_bytes(device), "dtype": "nf4" if nf4 else str(dtype)}
+
+
+def in_four_bits(blocks: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the linear layers of the blocks by bitsandbytes' nf4 ones with the same weights, as from_pretrained does."""
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+    for name, linear in [(n, m) for n, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)]:
+        packed = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        packed.weight = bnb.nn.Params4bit(
+            linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=packed
+        )
+        packed.support_avx512bf16_for_cpu = False  # as solotune.models.loading: that kernel has no gradient
+        blocks.set_submodule(name, packed.to(device))
 
 
 def part_learn(folder: str, given: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -349,8 +376,11 @@ def main() -> None:
         "round": lambda: part_round(shape, device, dtype, rounds),
         "decode": lambda: part_decode(shape, device, dtype),
         "7b": lambda: part_7b(shape, device, dtype),
+        "7b-nf4": lambda: part_7b(shape, device, dtype, nf4=True),
         "parity": lambda: part_parity(device),  # last: a capture that fails can leave the device unusable
     }
+    if importlib.util.find_spec("bitsandbytes") is None:
+        del parts["7b-nf4"]
     if options.model:
         parts["learn"] = lambda: part_learn(options.model, shape, device, dtype)
     for name, part in parts.items():

@@ -199,7 +199,7 @@ class ModelConfig(Section):
     num_layers_unfrozen blocks) or `peft_config` (PEFT's own settings, as a mapping or an object).
     model_extra_configs: handed to from_pretrained (dtype, trust_remote_code). architecture: keys of the transformers
     configuration, so that `solotune tree` needs no hub. quantization: the frozen weights in 4 or 8 bits (bitsandbytes),
-    with LoRA on top; on a GPU.
+    with LoRA on top.
     """
 
     SECTION: ClassVar[str] = "model"

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from solotune.data.assets import resolve
-from solotune.errors import ConfigError, MissingExtraError, ModelError, NotYetError
+from solotune.errors import MissingExtraError, ModelError, NotYetError
 from solotune.models.adapters import (
     check_block_count,
     lora_config,
@@ -150,7 +150,7 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
     options.setdefault("trust_remote_code", False)
     if model.quantization is not None:
-        options |= _quantized(model.quantization, device)
+        options |= _quantized(model.quantization, dtype, device)
     if isinstance(given, PretrainedConfig):
         lm: Any = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
         return lm.to(device)
@@ -159,29 +159,33 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(_load_failure(given, error)) from error
-    return lm if model.quantization is not None else lm.to(torch.device(device))  # bitsandbytes has placed it
+    if model.quantization is None:
+        return lm.to(torch.device(device))
+    for module in lm.modules():  # in evaluation mode on a CPU they would take a kernel that has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return lm  # bitsandbytes has placed it
 
 
-def _quantized(quantization: str, device: torch.device | str) -> dict[str, Any]:
-    """What makes from_pretrained keep linear layers (not the LM head) in 4 or 8 bits.
+def _quantized(quantization: str, dtype: torch.dtype | str, device: torch.device | str) -> dict[str, Any]:
+    """What makes from_pretrained keep linear layers (not the LM head) in 4 or 8 bits, multiplied in `dtype`.
 
     Raises:
-        MissingExtraError: bitsandbytes is not installed. ConfigError: not on a GPU.
+        MissingExtraError: bitsandbytes is not installed.
     """
-    if torch.device(device).type != "cuda":
-        raise ConfigError(f"model.quantization = {quantization}: needs a GPU; remove it to train on a CPU")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(
             f"model.quantization {quantization!r} needs bitsandbytes: pip install 'solotune[quant]'"
         )
     if quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         )
     return {"quantization_config": config, "device_map": {"": torch.device(device)}}
 

@@ -32,7 +32,8 @@ class Rollouts(NamedTuple):
         sample_logprobs_NT: log-probability of each token when it was drawn, at the sampling temperature, float32.
         finish_N: `FinishReason` of each row, int64.
         prompt_index_N: which prompt of the data set a row answers, int64.
-        trunk_NSH: what entered the lowest trained block, or None where the whole model is run from ids.
+        trunk_NSH: what entered the lowest trained block, or None where the whole model is run from ids; it may lie in
+            host memory while the rest is on the GPU.
     """
 
     prompt_ids_NP: Tensor
@@ -60,12 +61,25 @@ class Rollouts(NamedTuple):
         return ids_NS, mask_NS, positions_of(mask_NS)
 
     def select(self, rows: Tensor) -> Rollouts:
-        """The given rows, (M,) indices, at the same padding."""
-        return self._make(None if field is None else field[rows] for field in self)
+        """The given rows, (M,) indices, at the same padding and on the device of `rows`."""
+        return self._make(None if field is None else _rows_of(field, rows) for field in self)
+
+    def with_trunk_on_host(self) -> Rollouts:
+        """The same with the trunk in host memory."""
+        return self._replace(trunk_NSH=None if self.trunk_NSH is None else self.trunk_NSH.cpu())
 
     def response_tokens(self, row: int) -> list[int]:
         """The sampled token ids of one row."""
         return self.response_ids_NT[row][self.response_mask_NT[row]].tolist()
+
+
+def _rows_of(field: Tensor, rows: Tensor) -> Tensor:
+    """`field[rows]` on the device of `rows`; from the host through page-locked memory, which is copied without a wait."""
+    if field.device == rows.device:
+        return field[rows]
+    picked = torch.empty((len(rows), *field.shape[1:]), dtype=field.dtype, pin_memory=rows.is_cuda)
+    torch.index_select(field, 0, rows.to(field.device), out=picked)
+    return picked.to(rows.device, non_blocking=True)
 
 
 def positions_of(mask_BT: Tensor) -> Tensor:

@@ -30,6 +30,15 @@ class Texts(NamedTuple):
     metadata: dict[str, list[Any]]
 
 
+def has_room(trunk_bytes: float, device: torch.device) -> bool:
+    """Whether a round's trunk activations may stay on the device: they take at most a quarter of what is free there (twice
+    that while chunks are joined; the update needs the rest)."""
+    if device.type != "cuda":
+        return True
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return trunk_bytes <= (torch.cuda.mem_get_info(device)[0] + unused) / 4
+
+
 def on_main(accelerator: Accelerator, function: Callable[[Texts], list[Any]], own: Texts) -> list[Any]:
     """What `function` says of the texts of all processes, asked on the first one alone; each process gets its own part.
 
@@ -95,22 +104,24 @@ class PromptSampler:
         """One response for each index; `row_ids` name the rows' random streams."""
         task = "generate" if settings.other else "sample"
         rows = list(zip(prompt_indices, row_ids, strict=True))
-        parts = []
+        parts: list[Rollouts] = []
+        on_host = False
         for first in range(0, len(rows), self._chunk_size):
             chunk = rows[first : first + self._chunk_size]
             ids_BP, mask_BP = self._left_padded([index for index, _ in chunk])
-            parts.append(
-                self._policy(
-                    task,
-                    ids_BP,
-                    mask_BP,
-                    torch.tensor([index for index, _ in chunk], device=self._device),
-                    row_uniforms(self._seed, self._stream, (row for _, row in chunk), settings.max_new_tokens),
-                    settings,
-                    self._tokenizer.pad_token_id,
-                    find_stop=self._stop_finder(settings.stop_strings),
-                )
+            part: Rollouts = self._policy(
+                task,
+                ids_BP,
+                mask_BP,
+                torch.tensor([index for index, _ in chunk], device=self._device),
+                row_uniforms(self._seed, self._stream, (row for _, row in chunk), settings.max_new_tokens),
+                settings,
+                self._tokenizer.pad_token_id,
+                find_stop=self._stop_finder(settings.stop_strings),
             )
+            if not parts and part.trunk_NSH is not None:
+                on_host = not has_room(part.trunk_NSH.nbytes * len(rows) / len(chunk), self._device)
+            parts.append(part.with_trunk_on_host() if on_host else part)
         return concatenate(parts, self._tokenizer.pad_token_id)
 
     def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = (), eos_text: str = "") -> Texts:
