@@ -314,7 +314,7 @@ def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype, nf4: bool = 
 
 
 def in_four_bits(blocks: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the linear layers of the blocks by bitsandbytes' nf4 ones with the same weights, as from_pretrained does."""
+    """Replace the linear layers of the blocks by bitsandbytes' nf4 ones, as from_pretrained does."""
     import bitsandbytes as bnb  # type: ignore[import-not-found]
 
     for name, linear in [(n, m) for n, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)]:

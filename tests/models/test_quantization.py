@@ -3,9 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from solotune.data.prompts import Prompts
 from solotune.models.loading import build_policy
@@ -98,3 +97,24 @@ def test_training_moves_the_adapter_alone_and_it_loads_elsewhere(llama, quantiza
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
             assert torch.equal(parameter, own[name])
+
+
+def test_an_8_bit_optimizer_goes_on_from_a_checkpoint_to_the_same_bits(llama, tmp_path):
+    kwargs = {"lr": 1e-2, "min_8bit_size": 64}  # else tensors below 4,096 numbers keep 32 bits
+    config = tiny_ppo_config(llama, optimizer={"name": "adamw_8bit_bnb", "kwargs": kwargs})
+    prompts = Prompts(["a film ", "the plot "])
+
+    def reward(outputs):
+        return [float(sum(map(ord, text)) % 7) for text in outputs]
+
+    trainer = PPOTrainer(config, reward, prompts, prompts)
+    trainer.train_round()
+    states = trainer.optimizer.optimizer.state.values()
+    assert any(x.dtype == torch.uint8 for state in states for x in state.values() if isinstance(x, torch.Tensor))
+    trainer.save(tmp_path)
+    resumed = PPOTrainer(config, reward, prompts, prompts)
+    resumed.load(tmp_path)
+    for each in (trainer, resumed):
+        each.train_round()
+    for mine, other in zip(trainer.parameters, resumed.parameters, strict=True):
+        assert torch.equal(mine, other)

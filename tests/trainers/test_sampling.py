@@ -22,6 +22,7 @@ def test_a_trunk_that_waits_on_the_host_changes_nothing(tiny_folder, monkeypatch
         monkeypatch.setattr(
             "solotune.trainers.sampling.has_room", lambda trunk_bytes, _, room=room: asked.append(trunk_bytes) or room
         )
+        torch.manual_seed(0)
         metrics = trainer_of(tiny_folder, method={"chunk_size": 2}).train_round()
         rounds.append({name: value for name, value in metrics.items() if not name.startswith(CLOCKED)})
     assert moved[:4] == [2, 2, 2, 2]  # every chunk of the second round

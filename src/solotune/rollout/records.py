@@ -74,7 +74,7 @@ class Rollouts(NamedTuple):
 
 
 def _rows_of(field: Tensor, rows: Tensor) -> Tensor:
-    """`field[rows]` on the device of `rows`; from the host through page-locked memory, which is copied without a wait."""
+    """`field[rows]` on the device of `rows`; from the host through page-locked memory, copied without a wait."""
     if field.device == rows.device:
         return field[rows]
     picked = torch.empty((len(rows), *field.shape[1:]), dtype=field.dtype, pin_memory=rows.is_cuda)

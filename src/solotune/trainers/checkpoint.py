@@ -97,7 +97,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state:
     tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     optimizer_state = optimizer.state_dict()
     for index, values in optimizer_state["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in values.items()}
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in _flat(values)}
     tensors |= _torch_random_state()
     content = {
         **state,
@@ -197,12 +197,26 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
     return content
 
 
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """An optimizer's numbers of one parameter by name; 8-bit ones keep theirs a dict deeper, `outer/inner`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", tensor) for inner, tensor in value.items())
+        else:
+            yield key, value
+
+
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            outer, slash, inner = key.partition("/")
+            entry = state.setdefault(int(index), {})
+            if slash:
+                entry.setdefault(outer, {})[inner] = tensor
+            else:
+                entry[outer] = tensor
     for group in param_groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])

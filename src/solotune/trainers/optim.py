@@ -32,12 +32,12 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
         if name == "sgd":
             return torch.optim.SGD(parameters, **kwargs)
         try:
-            import bitsandbytes as bnb  # type: ignore[import-not-found]
+            from bitsandbytes import optim  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtraError(
                 f"optimizer.name {config.name!r} needs bitsandbytes: pip install 'solotune[quant]'"
             ) from error
-        return (bnb.optim.AdamW8bit if name == "adamw_8bit_bnb" else bnb.optim.Adam8bit)(parameters, **kwargs)
+        return getattr(optim, "AdamW8bit" if name == "adamw_8bit_bnb" else "Adam8bit")(parameters, **kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"optimizer.kwargs {config.kwargs!r} do not fit optimizer.name {config.name!r}: {error}"

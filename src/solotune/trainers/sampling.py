@@ -31,8 +31,10 @@ class Texts(NamedTuple):
 
 
 def has_room(trunk_bytes: float, device: torch.device) -> bool:
-    """Whether a round's trunk activations may stay on the device: they take at most a quarter of what is free there (twice
-    that while chunks are joined; the update needs the rest)."""
+    """Whether a round's trunk activations may stay on the device: where they take at most a quarter of what is free.
+
+    Twice that is needed while chunks are joined, and the update needs the rest.
+    """
     if device.type != "cuda":
         return True
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

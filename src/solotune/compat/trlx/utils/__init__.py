@@ -58,10 +58,10 @@ def get_optimizer_class(name: OptimizerName | str) -> type[torch.optim.Optimizer
     if "8bit" not in name:
         return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     try:
-        import bitsandbytes as bnb  # type: ignore[import-not-found]
+        from bitsandbytes import optim  # type: ignore[import-not-found]
     except ImportError as error:
         raise MissingExtraError(f"{name} needs bitsandbytes: pip install 'solotune[quant]'") from error
-    return bnb.optim.AdamW8bit if name == "adamw_8bit_bnb" else bnb.optim.Adam8bit
+    return getattr(optim, "AdamW8bit" if name == "adamw_8bit_bnb" else "Adam8bit")
 
 
 def get_scheduler_class(name: SchedulerName | str) -> type[LRScheduler]:
