@@ -198,10 +198,11 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """An optimizer's numbers of one parameter by name; 8-bit ones keep theirs a dict deeper, `outer/inner`."""
+    """An optimizer's numbers of one parameter by name; 8-bit ones keep theirs a dict deeper, `outer/inner`, and share some
+    between parameters, which safetensors does not write."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from ((f"{key}/{inner}", tensor) for inner, tensor in value.items())
+            yield from ((f"{key}/{inner}", torch.as_tensor(x).clone()) for inner, x in value.items())
         else:
             yield key, value
 
