@@ -116,6 +116,7 @@ class TRLConfig(Section):
             *_quantization_problems(self),
             *_generation_problems(self),
             *_adaptive_kl_problems(self),
+            *_max_kl_problems(self),
         ]
         if not self.AS_TRLX:
             problems += _remainder_problems(self)
@@ -223,6 +224,11 @@ def _adaptive_kl_problems(config: TRLConfig) -> Iterable[str]:
             f"method.horizon = {method.horizon:g}: must be greater than a fifth of method.num_rollouts, which is "
             f"{method.num_rollouts}"
         )
+
+
+def _max_kl_problems(config: TRLConfig) -> Iterable[str]:
+    if getattr(config.method, "max_kl", None) is not None and config.train.keep_checkpoints < 2:
+        yield "train.keep_checkpoints = 1: must be at least 2 with method.max_kl, which goes back to the one before"
 
 
 def _remainder_problems(config: TRLConfig) -> Iterable[str]:

@@ -165,6 +165,8 @@ class PPOConfig(MethodConfig):
     gen_kwargs: sampling arguments; gen_experience_kwargs, if given, replaces them for rollouts only.
     target_kl: nats per token by which a pass over the rollouts may move the policy; when one moved it further, the
     round's other passes are left out. None: all of them (trlX).
+    max_kl: nats per response to the reference; a round above it stops the run, and the state of before it is kept
+    (there is a checkpoint a round then). None: no limit.
     """
 
     name: str = "PPOConfig"
@@ -189,6 +191,7 @@ class PPOConfig(MethodConfig):
     gen_experience_kwargs: GenKwargs | None = None
     num_value_layers_unfrozen: CountInt = 0
     target_kl: PositiveReal | None = None
+    max_kl: PositiveReal | None = None
 
     def get_advantages_and_returns(
         self, values: "Tensor", rewards: "Tensor", response_length: int, use_whitening: bool = True

@@ -14,6 +14,7 @@ from solotune.validation import (
     Flag,
     FreeDict,
     FreeKeyError,
+    NonNegativeReal,
     NumberDict,
     PathText,
     PositiveInt,
@@ -44,7 +45,8 @@ class TrainConfig(Section):
     epochs: rounds of rollouts (PPO), passes over the data (SFT, ILQL). batch_size: samples an optimizer step, per
     process. checkpoint_interval, eval_interval: in optimizer steps. minibatch_size: samples a forward pass.
     checkpoint_dir: the folder that run folders lie in. max_grad_norm: None for no clipping. max_skipped_steps: steps in
-    a row whose gradient is not finite, which are left out, before the run stops.
+    a row whose gradient is not finite, which are left out, before the run stops. deterministic: on a GPU too, the same
+    settings give the same bits, a little slower (a CPU does so anyway).
     """
 
     SECTION: ClassVar[str] = "train"
@@ -76,6 +78,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Flag = False
     keep_checkpoints: PositiveInt = 2
     max_skipped_steps: PositiveInt = 3
+    deterministic: Flag = False
 
     def check(self) -> None:
         if self.minibatch_size is not None and self.batch_size % self.minibatch_size:
@@ -359,6 +362,9 @@ class RewardConfig(Section):
     function: file.py:name. classifier: a text-classification model, whose probability of `label` is the reward.
     model: folder of a reward model that solotune trained. training: such a model is trained first and reused.
     transform: of the reward model's score; sigmoid unless given (a function's values are taken as they are).
+    on_error: what to do when it raises, returns something else than finite numbers, or takes longer than `timeout`
+    seconds: stop the run, its state saved; retry, `retries` times after `backoff` seconds, doubled each time; skip the
+    samples that it fails on.
     """
 
     SECTION: ClassVar[str] = "reward"
@@ -370,6 +376,10 @@ class RewardConfig(Section):
     transform: Literal["none", "sigmoid"] | None = None
     batch_size: PositiveInt = 32
     training: RewardTrainingConfig | None = None
+    on_error: Literal["stop", "retry", "skip"] = "stop"
+    retries: CountInt = 3
+    backoff: NonNegativeReal = 1.0
+    timeout: PositiveReal | None = None
 
     def check(self) -> None:
         sources = [name for name in ("function", "classifier", "model", "training") if getattr(self, name) is not None]

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from solotune.data.prompts import Prompts
-from solotune.errors import TrainingError
+from solotune.errors import ConfigError, TrainingError
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder
+from solotune.trainers.run_folder import RunFolder, read_lines
 from tests.tiny import tiny_ppo_config
 
 PROMPTS = Prompts(["a film", "so"])
@@ -80,3 +80,35 @@ def test_target_kl_ends_the_passes_of_a_round(tiny_folder):
     held.learn()
     assert free.steps_done == 8
     assert (held.rounds_done, held.steps_done) == (2, 4), "one pass a round, and no more rounds than train.epochs"
+
+
+def test_a_kl_that_runs_away_ends_the_run_and_leaves_the_state_of_before(tiny_folder, tmp_path):
+    trainer = trainer_of(
+        tiny_folder,
+        train={"epochs": 50, "checkpoint_interval": 1000},
+        optimizer={"kwargs": {"lr": 0.3}},
+        method={"max_kl": 0.2},
+    )
+    trainer.run = RunFolder(tmp_path / "run")
+    adapters = {}
+    tell = trainer.tell
+
+    def remember(metrics, first_step):
+        adapters[trainer.steps_done] = [p.detach().clone() for p in trainer.parameters]
+        tell(metrics, first_step)
+
+    trainer.tell = remember
+    with pytest.raises(TrainingError, match=r"nats a response after \d+ rounds, above method.max_kl = 0\.2\..*hf_model"):
+        trainer.learn()
+    kls = [row["objective/kl"] for row in read_lines(trainer.run.metrics)]
+    assert max(kls) <= 0.2, "the round that is above it is not learned from"
+    assert trainer.rounds_done < 50
+    again = trainer_of(tiny_folder, train={"epochs": 50}, method={"max_kl": 0.2})
+    again.load(tmp_path / "run")
+    assert again.rounds_done == trainer.rounds_done - 1, "the weights of the last round are the ones that ran away"
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters, adapters[again.steps_done], strict=True))
+
+
+def test_going_back_needs_two_checkpoints(tiny_folder):
+    with pytest.raises(ConfigError, match=r"train\.keep_checkpoints = 1: must be at least 2 with method\.max_kl"):
+        tiny_ppo_config(tiny_folder, train={"keep_checkpoints": 1}, method={"max_kl": 5.0}).check()

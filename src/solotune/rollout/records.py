@@ -64,6 +64,14 @@ class Rollouts(NamedTuple):
         """The given rows, (M,) indices, at the same padding and on the device of `rows`."""
         return self._make(None if field is None else _rows_of(field, rows) for field in self)
 
+    def without(self, rows: list[int]) -> Rollouts:
+        """The same with no response tokens in the given rows: nothing is learned from them, and nothing counts them."""
+        if not rows:
+            return self
+        mask_NT = self.response_mask_NT.clone()
+        mask_NT[rows] = False
+        return self._replace(response_mask_NT=mask_NT)
+
     def with_trunk_on_host(self) -> Rollouts:
         """The same with the trunk in host memory."""
         return self._replace(trunk_NSH=None if self.trunk_NSH is None else self.trunk_NSH.cpu())

@@ -6,29 +6,29 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from solotune.data.prompts import Prompts, encode
-from solotune.errors import ConfigError, ModelError
+from solotune.errors import ConfigError, ModelError, RewardError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
-from solotune.rewards import score
+from solotune.rewards.guard import OnError
 from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, round_progress
-from solotune.trainers.evaluation import Evaluation, evaluate, sample_metrics
+from solotune.trainers.evaluation import Evaluation, evaluate
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
-from solotune.trainers.sampling import PromptSampler, Texts, on_main
-from solotune.trainers.signals import Stop, stop_requests
+from solotune.trainers.sampling import PromptSampler, Texts
+from solotune.trainers.scoring import Scorer
+from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
@@ -56,6 +56,7 @@ class Trainer(ABC):
         prompts: the training prompts, checked before weights are loaded.
         scores_on_main: call `reward_fn` and `metric_fn` on the first process alone, with the samples of all (as trlX);
             otherwise every process scores its own.
+        on_error: what to do when `reward_fn` fails; default to stop.
         accelerator: default a new one.
         clock: phases are counted here, default a clock that starts now.
     Raises:
@@ -74,17 +75,26 @@ class Trainer(ABC):
         stop_sequences: Sequence[str] = (),
         prompts: Prompts | None = None,
         scores_on_main: bool = False,
+        on_error: OnError | None = None,
         accelerator: Accelerator | None = None,
         clock: Clock | None = None,
     ):
         self.config, self.plan = config, plan
-        self.reward_fn, self.metric_fn, self.run = reward_fn, metric_fn, run
+        self.run = run
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
-        self._scores_on_main = scores_on_main and self.accelerator.num_processes > 1
         self.clock = clock or Clock(self.device)
 
         self.tokenizer = load_tokenizer(config.tokenizer)
+        self._scorer = Scorer(
+            reward_fn,
+            metric_fn,
+            self.tokenizer,
+            self.accelerator,
+            scores_on_main,
+            on_error or OnError(),
+            config.train.seed,
+        )
         self._room = room
         prompt_ids = [] if prompts is None else self._encode(prompts)
         eval_ids = self._encode(eval_prompts)
@@ -112,6 +122,8 @@ class Trainer(ABC):
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
         self.best_reward = -math.inf
+        self.stop = Stop()
+        self._untold: dict[str, Any] | None = None  # metrics and first step of a round that is done and not yet told of
 
     @abstractmethod
     def train_round(self) -> dict[str, Any]:
@@ -130,20 +142,26 @@ class Trainer(ABC):
                 checkpoint.drop_after(self.run.checkpoints, self.steps_done)
             self.clock.continue_from(self._seconds_before)
             self.say(f"resumed from {resume_from} at round {self.rounds_done}, step {self.steps_done}")
+            if self._untold is not None:
+                self.tell(**self._untold)
         else:
             self.evaluate_and_record()
         shown = self.accelerator.is_main_process
-        with stop_requests() as stop, round_progress(self.plan.rounds, self.rounds_done, shown) as progress:
+        with stop_requests() as self.stop, round_progress(self.plan.rounds, self.rounds_done, shown) as progress:
             while not self.is_over:
-                metrics = self.train_round()
+                try:
+                    metrics = self.train_round()
+                except RoundInterrupted:
+                    self._save_and_exit()
+                except RewardError as error:
+                    self.save_checkpoint()
+                    raise RewardError(f"{error}. The state is saved: {self.resume_hint}") from error
                 progress.advance(metrics)
                 self.post_epoch_callback()
                 if on_round is not None:
                     on_round(metrics)
-                if self._is_asked_to_stop(stop) and not self.is_over:
-                    self.save_checkpoint()
-                    self.say(f"stopped after round {self.rounds_done}; saved. {self.resume_hint}")
-                    raise SystemExit(stop.exit_code)
+                if self._is_asked_to_stop() and not self.is_over:
+                    self._save_and_exit()
         if self.evaluated_step != self.steps_done:  # resumed with nothing left to do
             self.evaluate_and_record()
 
@@ -152,10 +170,28 @@ class Trainer(ABC):
         """Whether the planned steps or rounds are done; a round that ended early takes fewer steps."""
         return self.steps_done >= self.plan.total_steps or self.rounds_done >= self.plan.rounds
 
-    def _is_asked_to_stop(self, stop: Stop) -> bool:
+    def pause_point(self) -> None:
+        """Called by a round where its state can be saved: ends the round here when a signal came.
+
+        Several processes finish their round: they would have to agree, and that would make a GPU wait at each step.
+        """
+        if self.accelerator.num_processes == 1 and self.stop.signal_number is not None:
+            raise RoundInterrupted
+
+    def _is_asked_to_stop(self) -> bool:
         """Whether any process got a signal: all of them stop after the same round."""
-        asked = torch.tensor(float(stop.signal_number is not None), device=self.device)
+        asked = torch.tensor(float(self.stop.signal_number is not None), device=self.device)
         return bool(self.sum_over_processes(asked) > 0)
+
+    def _save_and_exit(self) -> NoReturn:
+        self.save_checkpoint()
+        self.say(f"stopped after {self.rounds_done} rounds and {self.steps_done} steps; saved. {self.resume_hint}")
+        raise SystemExit(self.stop.exit_code)
+
+    @property
+    def saves_every_round(self) -> bool:
+        """Whether every round ends with a checkpoint, whatever `train.checkpoint_interval` says."""
+        return False
 
     def post_epoch_callback(self) -> None:  # noqa: B027  may be overridden, need not be
         """For subclasses: called after every round (trlX's name)."""
@@ -163,32 +199,16 @@ class Trainer(ABC):
     def post_backward_callback(self) -> None:  # noqa: B027
         """For subclasses: called after every pass over the rollouts of a round (trlX's name)."""
 
-    def score(self, texts: Texts) -> list[Any]:
-        """The reward function's answer: a number or a list of numbers a sample."""
-        return self._shared(self._ask_reward, texts)
-
-    def _shared(self, function: Callable[[Texts], list[Any]], texts: Texts) -> list[Any]:
-        if self._scores_on_main:
-            return on_main(self.accelerator, function, texts)
-        return function(texts) if texts.samples else []
-
-    def _ask_reward(self, texts: Texts) -> list[Any]:
-        folder = self.run.path if self.run is not None else Path.cwd()
-        if not self.accelerator.is_main_process:
-            folder = folder / f"process_{self.accelerator.process_index}"
-        return score(
-            self.reward_fn,
-            texts.samples,
-            texts.prompts,
-            texts.outputs,
-            self.tokenizer,
-            texts.metadata,
-            failure_dir=folder,
+    def score(self, texts: Texts, stream: Stream = Stream.ROLLOUTS) -> list[Any]:
+        """The reward function's answer: a number or a list of numbers a sample; None for one that was skipped."""
+        return self._scorer.rewards(
+            texts, stream, self.steps_done, self.run.path if self.run is not None else Path.cwd()
         )
 
     def tell(self, metrics: dict[str, Any], first_step: int) -> None:
         """Evaluate and save where an interval was crossed or the run is over; write the round's metrics."""
         train = self.config.train
+        self._untold = {"metrics": dict(metrics), "first_step": first_step}  # the evaluation calls other people's code
         if self.is_over or self.steps_done // train.eval_interval > first_step // train.eval_interval:
             self.evaluate_and_record()
         seconds = self.clock.end_round()
@@ -202,7 +222,9 @@ class Trainer(ABC):
             self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
         vf_coef = float(getattr(self.config.method, "vf_coef", 0.0))
         self.accelerator.log(tracking.round_names(metrics, vf_coef), step=self.steps_done)
-        if self.is_over or self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval:
+        self._untold = None
+        is_due = self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval
+        if self.is_over or is_due or self.saves_every_round:
             self.save_checkpoint()
 
     def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:
@@ -218,8 +240,8 @@ class Trainer(ABC):
                 self._sample_eval,
                 self.n_eval_prompts,
                 settings or self.eval_settings[0][1],
-                self.score,
-                lambda texts: self._shared(partial(sample_metrics, self.metric_fn), texts),
+                lambda texts: self.score(texts, Stream.EVALUATION),
+                lambda texts: self._scorer.metrics(texts, self.steps_done),
                 self.in_memory,
             )
 
@@ -266,7 +288,7 @@ class Trainer(ABC):
             with checkpoint.writing(Path(folder), self.steps_done, self.config.train.keep_checkpoints) as aside:
                 self.save_pretrained(aside / "hf_model")
                 if optimizer is not None:
-                    checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state())
+                    checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state(), self.state_tensors())
 
     def load(self, folder: str | Path) -> None:
         """Go on from a checkpoint that `save` wrote: its `step_N` folder, or the newest in the folder it was given."""
@@ -320,7 +342,12 @@ class Trainer(ABC):
             "data_order": self._data_order(),
             "rollout_tokens": self.rollout_tokens,
             "seconds_by_phase": dict(self.clock.total),
+            "untold": self._untold,
         }
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The part of `state` that is tensors, by name, on the CPU; `load_state` gets it as `state["tensors"]`."""
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -338,6 +365,7 @@ class Trainer(ABC):
             self.last_evaluation = Evaluation(**state["last_evaluation"])
         self.rollout_tokens = state["rollout_tokens"]
         self._seconds_before: dict[str, float] = state["seconds_by_phase"]
+        self._untold = state["untold"]
 
     def _data_order(self) -> dict[str, int]:
         """What decides which prompts and random numbers a round takes."""

@@ -86,19 +86,28 @@ def drop_after(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    state_tensors: dict[str, Tensor] | None = None,
+) -> None:
     """Write what resuming needs into a folder.
 
     Args:
         step: optimizer steps so far.
         model: its trained tensors are written, the frozen ones are not.
         state: what else there is, JSON.
+        state_tensors: what of it are tensors.
     """
     tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     optimizer_state = optimizer.state_dict()
     for index, values in optimizer_state["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in _flat(values)}
     tensors |= _torch_random_state()
+    tensors |= {f"trainer.{name}": tensor for name, tensor in (state_tensors or {}).items()}
     content = {
         **state,
         "step": step,
@@ -168,7 +177,8 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Load a checkpoint into the model, the optimizer and the random generators; returns its `state`.
+    """Load a checkpoint into the model, the optimizer and the random generators; returns its `state`, with its tensors
+    under "tensors".
 
     Raises:
         ConfigError: it is not there, or belongs to a model with other trained tensors.
@@ -194,12 +204,13 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
             parameter.copy_(stored[name])
     _restore_optimizer(optimizer, tensors, content.pop("optimizer"))
     _restore_random_states(tensors, content)
-    return content
+    of_trainer = {name.removeprefix("trainer."): x for name, x in tensors.items() if name.startswith("trainer.")}
+    return {**content, "tensors": of_trainer}
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """An optimizer's numbers of one parameter by name; 8-bit ones keep theirs a dict deeper, `outer/inner`, and share some
-    between parameters, which safetensors does not write."""
+    """An optimizer's numbers of one parameter by name; 8-bit ones keep theirs a dict deeper, `outer/inner`, and share
+    some between parameters, which safetensors does not write."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{key}/{inner}", torch.as_tensor(x).clone()) for inner, x in value.items())

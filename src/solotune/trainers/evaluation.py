@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     """One evaluation of all processes' samples.
 
     Args:
-        reward: mean score of a sample (dense scores summed).
+        reward: mean score of the samples that got one (dense scores summed).
         kl: mean KL to the reference, nats per response.
         samples: a row for `samples.jsonl` per sample, in the order of the prompts.
         metrics: means of what `metric_fn` returned.
@@ -59,7 +59,7 @@ def evaluate(
             "index": index,
             "prompt": prompt,
             "output": output,
-            "reward": float(sum(value) if isinstance(value, list) else value),
+            "reward": None if value is None else float(sum(value) if isinstance(value, list) else value),
             "kl": kl,
             "finish": finish,
             "metrics": metrics,
@@ -103,4 +103,5 @@ def _kls(policy: Callable[..., Any], rollouts: Rollouts, temperature: float, mic
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / max(len(rows), 1)
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / max(len(values), 1)

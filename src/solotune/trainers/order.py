@@ -16,6 +16,8 @@ class Stream(IntEnum):
     EVALUATION = 1
     PROMPTS = 2
     MINIBATCHES = 3
+    REWARDS = 4
+    METRICS = 5
 
 
 class PromptOrder:

@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ from solotune.methods import LOSS_NAMES
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
+from solotune.trainers import checkpoint
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import PromptOrder, minibatches
+from solotune.trainers.ppo_round import Credit, Round
 from solotune.trainers.registry import register_trainer
 from solotune.trainers.rollout_log import RolloutLog
 
@@ -46,24 +48,6 @@ log = logging.getLogger("solotune")
 def overrides(method: PPOConfig, name: str) -> bool:
     """Whether a user's own method config has another function of this name than `PPOConfig`."""
     return getattr(type(method), name) is not getattr(PPOConfig, name)
-
-
-class Credit(NamedTuple):
-    """What a round's tokens are worth.
-
-    Args:
-        advantages_NT: whitened over the response tokens of all processes.
-        returns_NT: targets of the critic.
-        rewards_NT: score less KL penalty, of each token.
-        kl_NT: log p - log p_ref of each token, nats.
-        kl_coef: the weight the penalty had.
-    """
-
-    advantages_NT: Tensor
-    returns_NT: Tensor
-    rewards_NT: Tensor
-    kl_NT: Tensor
-    kl_coef: float
 
 
 def room_for_prompts(config: TRLConfig) -> int:
@@ -110,6 +94,7 @@ class PPOTrainer(Trainer):
         self.ref_std = method.ref_std
         self._told_surplus = False
         self.skipped_in_a_row = 0
+        self.round: Round | None = None  # the one that is being learned from
         if self.rollout_settings.is_biased:
             self.say(
                 f"method.gen_kwargs: top_k={self.rollout_settings.top_k} and top_p={self.rollout_settings.top_p} draw "
@@ -117,28 +102,70 @@ class PPOTrainer(Trainer):
             )
 
     def train_round(self) -> dict[str, Any]:
-        """One round; returns its metrics."""
-        first_step = self.steps_done
+        """One round; returns its metrics.
+
+        Raises:
+            RoundInterrupted: a signal came; the state is that of before the round, or has the round in it.
+            TrainingError: the KL is above `method.max_kl`.
+        """
+        if self.round is None:
+            self.round = self.begin_round()
+        with self.clock.phase("update"):
+            metrics = {**self.round.metrics, **self.update(self.round)}
+        first_step, self.round = self.round.first_step, None
+        self.rounds_done += 1
+        self.tell(metrics, first_step)
+        return metrics
+
+    def begin_round(self) -> Round:
+        """Sample, score, measure, credit."""
         with self.clock.phase("sample"):
             rollouts = self.sample_rollouts()
+        self.pause_point()
         with self.clock.phase("score"):
             eos_text = self.tokenizer.eos_token or "" if self.config.AS_TRLX else ""
             texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
             given = self.score(texts)
+            rollouts = rollouts.without([row for row, value in enumerate(given) if value is None])
             scores = self._as_tensor(given, rollouts)
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
         with self.clock.phase("measure"):
             measured = self.measure(rollouts)
+        self.pause_point()
         with self.clock.phase("credit"):
             credit = self.credit(rollouts, scores, measured)
             metrics = self._round_metrics(rollouts, scores, measured, credit)
-            self.kl_controller.update(metrics["objective/kl"], rollouts.n_rollouts * self.accelerator.num_processes)
-        with self.clock.phase("update"):
-            metrics |= self.update(rollouts, measured, credit)
-        self.rounds_done += 1
-        self.tell(metrics, first_step)
-        return metrics
+            self._check_kl(metrics["objective/kl"])
+            scored = rollouts.n_rollouts * self.accelerator.num_processes - round(metrics["rollout/skipped"])
+            self.kl_controller.update(metrics["objective/kl"], scored)
+        return Round(rollouts, measured, credit, self.steps_done, metrics, [])
+
+    def _check_kl(self, kl: float) -> None:
+        """Stop where the policy ran away from its reference, and leave the state of before that as the newest.
+
+        Raises:
+            TrainingError: the KL, nats per response, is above `method.max_kl`.
+        """
+        if self.method.max_kl is None or kl <= self.method.max_kl:
+            return
+        where = ""
+        if self.run is not None:
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                checkpoint.drop_after(self.run.checkpoints, self.steps_done - 1)
+            left = checkpoint.newest(self.run.path)
+            where = f" The model of before is in {str(left / 'hf_model')!r}." if left is not None else ""
+        raise TrainingError(
+            f"the KL to the reference is {kl:.3g} nats a response after {self.rounds_done} rounds, above "
+            f"method.max_kl = {self.method.max_kl:g}.{where} Start again with a lower optimizer.kwargs.lr or a higher "
+            "method.init_kl_coef"
+        )
+
+    @property
+    def saves_every_round(self) -> bool:
+        """With a limit to the KL: the state before the round that broke it has to be there."""
+        return self.method.max_kl is not None
 
     def sample_rollouts(self) -> Rollouts:
         """`num_rollouts` responses of this process; which prompts and random numbers depends on the position alone."""
@@ -162,18 +189,21 @@ class PPOTrainer(Trainer):
         """Scores, (N,) or dense (N, T), and the KL penalty to advantages and returns."""
         mask_NT = rollouts.response_mask_NT
         assert measured.ref_logprobs_bT is not None
+        scored_N = mask_NT.any(-1)  # all but those that the reward function was allowed to fail on
         scaled = scale_and_clip(
-            scores,
+            scores[scored_N],
             scale_reward=None if self.method.scale_reward == "ignored" else self.method.scale_reward,
             moments=self.moments,
             ref_std=self.ref_std,
             cliprange=self.method.cliprange_reward,
-            mask_BT=mask_NT if scores.ndim == 2 else None,
+            mask_BT=mask_NT[scored_N] if scores.ndim == 2 else None,
         )
         self.ref_std = scaled.ref_std
+        scaled_scores = torch.zeros_like(scores)
+        scaled_scores[scored_N] = scaled.scores
         kl_NT = k1(measured.logprobs_bT, measured.ref_logprobs_bT, mask_NT)
         kl_coef = self.kl_controller.value
-        rewards_NT = token_rewards(scaled.scores, kl_NT, kl_coef, mask_NT)
+        rewards_NT = token_rewards(scaled_scores, kl_NT, kl_coef, mask_NT)
         if overrides(self.method, "get_advantages_and_returns"):
             width_T = mask_NT.shape[1]
             own_NT = self.method.get_advantages_and_returns(measured.values_bT, rewards_NT, width_T)
@@ -182,32 +212,38 @@ class PPOTrainer(Trainer):
         advantages_NT, returns_NT = gae(rewards_NT, measured.values_bT, mask_NT, self.method.gamma, self.method.lam)
         return Credit(whiten(advantages_NT, mask_NT, self.sum_over_processes), returns_NT, rewards_NT, kl_NT, kl_coef)
 
-    def update(self, rollouts: Rollouts, measured: Measured, credit: Credit) -> dict[str, float]:
+    def update(self, this: Round) -> dict[str, float]:
         """`ppo_epochs` reshuffled passes over the round's rollouts; stops where `total_steps` are done.
 
-        Numbers stay on the device until the end, so that the host never waits within an update.
+        Steps that the round has already are left out: it was interrupted after them. Numbers stay on the device until
+        the end, so that the host never waits within an update.
         """
-        steps: list[Tensor] = []
+        steps, first = this.steps, 0  # of the pass, within the round
         for epoch in range(self.method.ppo_epochs):
             counter = self.rounds_done * self.method.ppo_epochs + epoch
-            if self.steps_done >= self.plan.total_steps:
+            left = self.plan.total_steps - this.first_step - first
+            if left <= 0:
                 break
-            batches = minibatches(rollouts.n_rollouts, self.config.train.batch_size, self.config.train.seed, counter)
-            batches = batches[: self.plan.total_steps - self.steps_done]
+            size, seed = self.config.train.batch_size, self.config.train.seed
+            batches = minibatches(this.rollouts.n_rollouts, size, seed, counter)[:left]
             order = torch.cat(batches).to(self.device)  # one copy: a copy from the host waits for the device
-            for rows in order.split(self.config.train.batch_size):
-                steps.append(self.optimizer_step(rollouts, measured, credit, rows))
+            todo = order.split(size)[max(len(steps) - first, 0) :]
+            for rows in todo:
+                steps.append(self.optimizer_step(this.rollouts, this.measured, this.credit, rows))
                 self.steps_done += 1
-            self.post_backward_callback()
-            if self._has_moved_too_far(steps[len(steps) - len(batches) :]):
+                self.pause_point()
+            if todo:
+                self.post_backward_callback()
+            if self._has_moved_too_far(steps[first : first + len(batches)]):
                 break
+            first += len(batches)
         names = (
             *("policy/loss", "value/loss", "policy/approx_kl", "policy/clipfrac", "value/clipfrac", "policy/ratio"),
             "policy/grad_norm",
         )
         means = self.sum_over_processes(torch.stack(steps).double()) / self.accelerator.num_processes
         taken = means[:, -1].isfinite()
-        self._count_skipped(taken.tolist(), rollouts)
+        self._count_skipped(taken.tolist(), this.rollouts)
         averages = dict(zip(names, means[taken].mean(0).tolist(), strict=True))
         skipped = float(len(taken) - int(taken.sum()))
         return {**averages, "policy/lr": float(self.scheduler.get_last_lr()[0]), "policy/skipped_steps": skipped}
@@ -275,6 +311,7 @@ class PPOTrainer(Trainer):
         """The gradient of a step, and its losses and statistics."""
         # DDP averages the gradients of W processes, each divided by (all tokens / W): together, by all tokens.
         tokens = self.sum_over_processes(rollouts.response_mask_NT[rows].sum().float()) / self.accelerator.num_processes
+        tokens = tokens.clamp(min=1.0)  # none where every row of the batch was skipped
         totals = torch.zeros(7, device=self.device)
         parts = rows.split(micro_batch)
         for index, part in enumerate(parts):
@@ -318,13 +355,15 @@ class PPOTrainer(Trainer):
         return PPOLoss(**{**scaled, "loss": share * loss})
 
     def _as_tensor(self, scores: list[Any], rollouts: Rollouts) -> Tensor:
-        """Scores (N,), or dense ones (N, T)."""
-        if not isinstance(scores[0], list):
-            return torch.tensor(scores, dtype=torch.float32, device=self.device)
+        """Scores (N,), or dense ones (N, T); zero for samples that got none."""
+        if not any(isinstance(score, list) for score in scores):
+            return torch.tensor([score or 0.0 for score in scores], dtype=torch.float32, device=self.device)
         lengths = rollouts.response_mask_NT.sum(-1).tolist()
         dense = torch.zeros(rollouts.response_mask_NT.shape, device=self.device)
         surplus = 0
         for row, (values, length) in enumerate(zip(scores, lengths, strict=True)):
+            if values is None:
+                continue
             kept = [*values[: length - 1], sum(values[length - 1 :])] if len(values) > length else values
             surplus += len(values) > length
             dense[row, : len(kept)] = torch.tensor(kept, dtype=torch.float32)
@@ -345,7 +384,8 @@ class PPOTrainer(Trainer):
         mask_NT = rollouts.response_mask_NT
         scores_N = scores.sum(-1) if scores.ndim == 2 else scores
         gap_NT = (measured.logprobs_bT - rollouts.sample_logprobs_NT).abs().masked_fill(~mask_NT, 0.0)
-        finished_N = rollouts.finish_N != FinishReason.LENGTH
+        scored_N = mask_NT.any(-1)
+        finished_N = (rollouts.finish_N != FinishReason.LENGTH) & scored_N
         per_response = [
             scores_N,
             scores_N.square(),
@@ -353,12 +393,13 @@ class PPOTrainer(Trainer):
             credit.rewards_NT.sum(-1),
             finished_N,
             mask_NT.sum(-1),
+            scored_N,
         ]
         per_token = [measured.entropies_bT, measured.values_bT, gap_NT]
         sums = self.sum_over_processes(torch.stack([x.double().sum() for x in (*per_response, *per_token)])).tolist()
-        n, tokens = rollouts.n_rollouts * self.accelerator.num_processes, max(sums[5], 1.0)
+        n, tokens = sums[6], max(sums[5], 1.0)
         score, square, kl, reward, finished, length = (total / n for total in sums[:6])
-        entropy, value, gap = (total / tokens for total in sums[6:])
+        entropy, value, gap = (total / tokens for total in sums[7:])
         variance = explained_variance(measured.values_bT, credit.returns_NT, mask_NT, self.sum_over_processes)
         return {
             "objective/score": score,
@@ -372,12 +413,18 @@ class PPOTrainer(Trainer):
             "rollout/response_tokens": length,
             "rollout/finished": finished,
             "rollout/logprob_gap": gap,
+            "rollout/skipped": rollouts.n_rollouts * self.accelerator.num_processes - n,
             "rollout/all_tokens": sums[5],
         }
 
     def state(self) -> dict[str, Any]:
-        own = {"kl_controller": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
-        return {**super().state(), **own, "ref_std": self.ref_std, "skipped_in_a_row": self.skipped_in_a_row}
+        own: dict[str, Any] = {"kl_controller": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
+        unfinished = None if self.round is None else self.round.numbers()
+        own |= {"ref_std": self.ref_std, "skipped_in_a_row": self.skipped_in_a_row, "unfinished": unfinished}
+        return {**super().state(), **own}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {} if self.round is None else self.round.tensors()
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
@@ -385,3 +432,5 @@ class PPOTrainer(Trainer):
         self.moments.load_state_dict(state["moments"])
         self.ref_std = state["ref_std"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        if state["unfinished"] is not None:
+            self.round = Round.restored(state["unfinished"], state["tensors"], self.device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -21,6 +23,7 @@ from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
 from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
+from solotune.rewards.guard import OnError
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, show_logs
@@ -70,8 +73,22 @@ def run_recipe(
         reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
     resume = resume or config.train.resume_from_checkpoint is not None
     stops = recipe.data.stop_sequences
+    given = recipe.reward
+    on_error = OnError(given.on_error, given.retries, given.backoff, given.timeout)
     return _run(
-        config, recipe, reward_fn, prompts, eval_prompts, out, resume, accelerator, clock, None, stops, on_round
+        config,
+        recipe,
+        reward_fn,
+        prompts,
+        eval_prompts,
+        out,
+        resume,
+        accelerator,
+        clock,
+        None,
+        stops,
+        on_round,
+        on_error,
     )
 
 
@@ -86,6 +103,7 @@ def train(
     metric_fn: Callable[..., dict[str, Any]] | None = None,
     config: TRLConfig | None = None,
     stop_sequences: Sequence[str] = (),
+    on_error: OnError | None = None,
 ) -> PPOTrainer:
     """Tune a model with a reward function (trlX's `train`).
 
@@ -101,6 +119,7 @@ def train(
         metric_fn: called at every evaluation; returns named numbers.
         config: default `default_ppo_config()`.
         stop_sequences: texts that end a response and are cut off it.
+        on_error: what to do when `reward_fn` fails, e.g. `OnError("retry", timeout=60)`; default to stop.
     Returns:
         The trainer, trained: `.model`, `.tokenizer`, `.generate`, `.evaluate`, `.save_pretrained`.
     Raises:
@@ -145,6 +164,7 @@ def train(
         Clock(accelerator.device),
         metric_fn,
         stop_sequences,
+        on_error=on_error,
     )
 
 
@@ -161,7 +181,11 @@ def _run(
     metric_fn: Callable[..., dict[str, Any]] | None = None,
     stop_sequences: Sequence[str] = (),
     on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_error: OnError | None = None,
 ) -> PPOTrainer:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form is named, and runs
     main = accelerator.is_main_process
     start_from = _checkpoint_to_resume(config, out) if resume else None
     set_seed(config.train.seed)
@@ -175,6 +199,7 @@ def _run(
         accelerator=accelerator,
         clock=clock,
         scores_on_main=recipe is None,
+        on_error=on_error,
         **config.train.trainer_kwargs,
     )
     # Only now: what could be wrong with the settings did not cost an earlier run its place.
@@ -195,8 +220,11 @@ def _run(
         )
         console.print(f"after an interruption: {trainer.resume_hint}", highlight=False, soft_wrap=True)
     tracking.start(accelerator, config, out.name)
-    trainer.learn(start_from, on_round)
-    finish(trainer, run)
+    try:
+        trainer.learn(start_from, on_round)
+        finish(trainer, run)
+    finally:
+        run.release()
     for tracker in accelerator.trackers:  # accelerate's end_training would take the process group down as well
         tracker.finish()
     return trainer

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,11 +19,15 @@ from solotune.rollout.records import Rollouts
 
 log = logging.getLogger("solotune")
 
-OWN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "reward_failure.jsonl")
+LOCK_FILE = ".lock"
+OWN_FILES = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "reward_failure.jsonl"),
+    LOCK_FILE,
+)
 
 
 class RunFolder:
-    """A run's folder. One process writes; the others get `writes=False` and leave no file.
+    """A run's folder. One process writes, and no other run may; the others get `writes=False` and leave no file.
 
     Args:
         path: `<checkpoint_dir>/<name>`; an existing run there is moved to `<name>.1`, `.2`, ... unless it is continued.
@@ -32,14 +37,40 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True, continued: bool = False):
         self.path, self._writes = path, writes
+        self._lock: FileLock | None = None
         if not writes:
             return
         if not continued and path.exists() and any(path.iterdir()):
+            _refuse_other_files(path)
+            earlier = self._locked()
             log.info("the earlier run is now %s", _move_aside(path))
+            earlier.release()
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
         except OSError as error:
             raise ConfigError(f"run folder {str(path)!r} cannot be made: {error}; choose another with --out") from error
+
+    def _locked(self) -> FileLock:
+        """The folder's lock, taken; the system takes it back when the process ends, however it does.
+
+        Raises:
+            ConfigError: another run holds it.
+        """
+        lock = FileLock(self.path / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another run is writing into {str(self.path)!r}: wait for its end, or choose another folder with "
+                "--out (train.run_name from Python)"
+            ) from None
+        return lock
+
+    def release(self) -> None:
+        """Let another run write here."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def metrics(self) -> Path:
@@ -120,14 +151,17 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
+def _refuse_other_files(path: Path) -> None:
     if not any((path / name).exists() for name in OWN_FILES):
         raise ConfigError(
             f"the folder {str(path)!r} holds files that are no run's: choose another with --out (or train.run_name and "
             "train.checkpoint_dir)"
         )
+
+
+def _move_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
     path.rename(aside)
     return aside

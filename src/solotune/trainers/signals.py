@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the round is finished, the state is saved, and the run ends with a code that says so."""
+"""SIGTERM and Ctrl-C: the step is finished, the state is saved, and the run ends with a code that says so."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from types import FrameType
 log = logging.getLogger("solotune")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RoundInterrupted(Exception):  # noqa: N818  no error, as StopIteration is none
+    """A signal came within a round; what is needed to go on is in the trainer's state."""
 
 
 class Stop:
@@ -40,7 +44,8 @@ def stop_requests() -> Iterator[Stop]:
         if stop.signal_number is not None:
             raise SystemExit(128 + number)
         stop.signal_number = number
-        log.warning("%s: the round is finished and saved first; once more ends it at once", signal.Signals(number).name)
+        name = signal.Signals(number).name
+        log.warning("%s: the step is finished and the state is saved; once more ends it at once", name)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
