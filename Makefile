@@ -19,8 +19,8 @@ quickstart: $(INSTALLED)  ## tune a small language model from human ratings
 test: $(INSTALLED)  ## the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-soak: $(INSTALLED)  ## kill and resume at fifty instants
-	SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
+soak: $(INSTALLED)  ## an hour of bad luck: fifty kills, corrupted checkpoints, random configurations, five hundred rounds
+	SOLOTUNE_SOAK=1 SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
 
 check: lint types
 

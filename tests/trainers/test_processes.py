@@ -136,3 +136,25 @@ def test_a_run_of_two_processes_leaves_one_set_of_files(tiny_folder, tmp_path, s
     assert len(read_lines(run / "samples.jsonl")) == 3 * 4
     assert json.loads((run / "summary.json").read_text())["rounds"] == 2
     assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("model", [{}, {"delta_kwargs": None}], ids=["lora", "last two blocks"])
+def test_two_processes_resume_to_the_same_bits(tiny_folder, tmp_path, script, model):
+    """One round and one more after it is what two rounds are; the rewards draw random numbers on both processes."""
+    changed = script.with_name("drawing.py")
+    changed.write_text(
+        SCRIPT.replace("for o in outputs]", "+ random.random() for o in outputs]").replace(
+            "import sys", "import random, sys"
+        )
+    )
+    common = {"model": model, "method": {"target": 1.0, "init_kl_coef": 0.1, "scale_reward": "running"}}
+    whole = launch(2, changed, tiny_folder, tmp_path / "whole", {**common, "train": {"epochs": 2}})
+    parts = launch(2, changed, tiny_folder, tmp_path / "parts", {**common, "train": {"epochs": 1}})
+    assert [path.name for path in (parts / "checkpoints").glob("step_*")] == ["step_000004"]
+    train = {"epochs": 2, "resume_from_checkpoint": str(parts)}
+    launch(2, changed, tiny_folder, tmp_path / "parts", {**common, "train": train})
+    one, other = (load_file(run / "checkpoints" / "step_000008" / "tensors.safetensors") for run in (whole, parts))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    assert (whole / "samples.jsonl").read_text() == (parts / "samples.jsonl").read_text()
