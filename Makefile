@@ -19,7 +19,7 @@ quickstart: $(INSTALLED)  ## tune a small language model from human ratings
 test: $(INSTALLED)  ## the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-soak: $(INSTALLED)  ## an hour of bad luck: fifty kills, corrupted checkpoints, random configurations, five hundred rounds
+soak: $(INSTALLED)  ## fifty kills, all of the hostile files, five hundred rounds
 	SOLOTUNE_SOAK=1 SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
 
 check: lint types

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from solotune.config import Recipe, describe_steps
 from solotune.errors import ConfigError, SolotuneError
+from solotune.report.cleaning import visible
 from solotune.validation import nearest
 
 STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
@@ -25,7 +26,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except SolotuneError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
+            typer.secho(f"error: {visible(error)}", fg="red", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
@@ -111,7 +112,7 @@ def reward(recipe: RecipeArgument, overrides: SetOption = None) -> None:
         raise ConfigError(f"{recipe}: reward.training is not given, so there is no reward model to train")
     from solotune.rewards.training import train_reward_model
 
-    typer.echo(f"saved in {train_reward_model(settings)}")
+    typer.echo(f"saved in {visible(train_reward_model(settings))}")
 
 
 @app.command()
@@ -162,7 +163,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
         raise ConfigError(f"no run {run}: must be the folder of a run, e.g. runs/quickstart")
     from solotune.report.page import write_report
 
-    typer.echo(str(write_report(run)))
+    typer.echo(visible(write_report(run)))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -189,7 +190,7 @@ def export(
     from solotune.models.export import merge_adapter
 
     transformers.utils.logging.disable_progress_bar()
-    typer.echo(f"saved in {merge_adapter(run, merge)}")
+    typer.echo(f"saved in {visible(merge_adapter(run, merge))}")
 
 
 def _say_version(wanted: bool) -> None:

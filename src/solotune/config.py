@@ -28,6 +28,7 @@ from solotune.methods import (
     register_method,
 )
 from solotune.rollout.settings import LIST_VALUED
+from solotune.secrets import secrets_in
 from solotune.sections import (
     DataConfig,
     ModelConfig,
@@ -45,6 +46,7 @@ from solotune.validation import (
     field_values,
     merged,
     nearest,
+    own_copy,
     parse_yaml,
     plain,
     read_yaml,
@@ -112,6 +114,7 @@ class TRLConfig(Section):
         for name in _SECTIONS:
             getattr(self, name).check()
         problems = [
+            *secrets_in(self.to_dict()),
             *_nothing_trains(self),
             *_quantization_problems(self),
             *_generation_problems(self),
@@ -257,6 +260,13 @@ class Recipe(Section):
     data: DataConfig
     reward: RewardConfig
 
+    def check(self) -> None:
+        """Raises ConfigError where a setting holds a secret."""
+        written_out = ("prompts", "eval_prompts", "prompt_template", "stop_sequences")  # texts, not names of sources
+        data = {k: v for k, v in field_values(self.data).items() if isinstance(v, str) or k not in written_out}
+        if problems := list(secrets_in({"data": data, "reward": field_values(self.reward)})):
+            raise ConfigError("\n".join(problems))
+
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> "Recipe":
         """The recipe in a mapping of sections; `versions`, which a saved run has, is left out.
@@ -264,7 +274,9 @@ class Recipe(Section):
         Raises:
             ConfigError: every problem of every section, one a line.
         """
-        given = {name: values for name, values in recipe.items() if name != "versions"}
+        given = dict(own_copy(recipe)) if isinstance(recipe, Mapping) else recipe
+        if isinstance(given, dict):
+            given.pop("versions", None)
         built = _build_sections(given, _SECTIONS | _RECIPE_SECTIONS)
         config = TRLConfig(**{name: built[name] for name in _SECTIONS})
         return cls(config, built["data"], built["reward"])
@@ -340,7 +352,8 @@ def _built_method(values: Any) -> Any:
 def _dotted_names(values: Mapping[str, Any], sections: Iterable[str]) -> Iterable[str]:
     """train.seed, optimizer.kwargs.lr, ...: for the hint on a setting that was given without its section."""
     for section in sections:
-        for name, value in dict(values.get(section) or {}).items():
+        settings = values.get(section)
+        for name, value in settings.items() if isinstance(settings, Mapping) else ():
             yield f"{section}.{name}"
             if isinstance(value, Mapping):
                 yield from (f"{section}.{name}.{key}" for key in value)

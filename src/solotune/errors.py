@@ -29,6 +29,10 @@ class CheckpointError(SolotuneError, OSError):
     """A checkpoint cannot be written, or is not what was written; the message names the file and what is left."""
 
 
+class RunFileError(SolotuneError, OSError):
+    """A file of a run cannot be written or read; the message names it and what the disk said."""
+
+
 class TrainingError(SolotuneError, RuntimeError):
     """Training cannot go on, such as when gradients stay infinite; the message says where the state is."""
 

@@ -11,6 +11,7 @@ import numbers
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -18,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from solotune.data.tables import is_unicode
 from solotune.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -37,9 +39,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as it is quoted in an error: at most about 80 characters."""
-    short = reprlib.Repr()
+    short = _Short()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a number of {x.bit_length()} bits" if x.bit_length() > _MOST_BITS else super().repr_int(x, level)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -53,7 +60,7 @@ def number(value: Any) -> Any:
 def whole_number(value: Any) -> int:
     """`value` as an int; 2.0 and '1e4' are whole numbers, True and 2.5 are not."""
     value = number(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value).is_integer():
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _as_float(value).is_integer():
         raise ValueError("must be a whole number")
     return value if isinstance(value, int) else int(float(value))
 
@@ -63,16 +70,69 @@ def real_number(value: Any) -> float:
     value = number(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError("must be a number")
-    return float(value)
+    return _as_float(value)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("must be a number that a float can hold") from None
 
 
 def own_copy(value: Any) -> Any:
-    """A copy of nested dicts and lists (tuples become lists, as YAML has none); other objects are shared."""
+    """A copy of nested dicts and lists (tuples become lists, as YAML has none); other objects are shared.
+
+    Raises:
+        ConfigError: see `check_values`.
+    """
+    check_values(value)
+    return _copied(value)
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: own_copy(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [own_copy(item) for item in value]
+        return [_copied(item) for item in value]
     return value
+
+
+_MOST_LEVELS, _MOST_VALUES, _MOST_BITS = 60, 20_000_000, 1024
+
+
+def check_values(value: Any) -> None:
+    """That nested dicts and lists can be walked and written: YAML's aliases make lists that hold themselves, and a few
+    lines of them stand for more values than any memory holds.
+
+    Raises:
+        ConfigError: too deep or too many, a text that is no Unicode, or a number that not even a float holds.
+    """
+    _measure(value, 0, {})
+
+
+def _measure(value: Any, level: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values there are with every alias written out, and how many levels below this one."""
+    if isinstance(value, str):
+        if not is_unicode(value):
+            raise ConfigError(f"{shown(value)} is no text: it holds half of a surrogate pair")
+        return 1, 0
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ConfigError(f"{shown(value)} is more than any setting takes")
+    if not isinstance(value, Mapping | list | tuple):
+        return 1, 0
+    count, depth = known.get(id(value), (0, 0))
+    if count == 0 and level <= _MOST_LEVELS:
+        items = [*value, *value.values()] if isinstance(value, Mapping) else value
+        measured = [_measure(item, level + 1, known) for item in items]
+        count = 1 + sum(count for count, _ in measured)
+        depth = 1 + max((depth for _, depth in measured), default=0)
+        known[id(value)] = count, depth
+    if level + depth > _MOST_LEVELS:
+        raise ConfigError(f"lists and mappings may be nested {_MOST_LEVELS} levels deep, and not hold themselves")
+    if count > _MOST_VALUES:
+        raise ConfigError(f"aliases (&name, *name) stand for {count:.1e} values; allowed are {_MOST_VALUES:,}")
+    return count, depth
 
 
 class FreeKeyError(ValueError):
@@ -181,7 +241,7 @@ def build_section(cls: type, values: Any) -> Any:
         values = field_values(values)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} = {shown(values)}: must be a mapping of the settings of {cls.__name__}")
-    values = {str(key): own_copy(value) for key, value in values.items()}
+    values = {str(key): value for key, value in own_copy(values).items()}
     if not _is_validated(cls):
         validated_twin(cls)(**values)  # names every unknown or missing setting, which a plain dataclass does not
     return cls(**values)
@@ -257,10 +317,10 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number and refuses a name that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
+        if isinstance(node, yaml.MappingNode):  # else the base class says so
+            names = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and not k.tag.endswith(":merge")]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -286,12 +346,17 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text; `source` is named in the error.
 
     Raises:
-        ConfigError: not YAML (line and column are given), or a name is given twice.
+        ConfigError: not YAML (line and column are given), a name is given twice, or see `check_values`.
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+        check_values(value)
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        # Beside YAMLError, what PyYAML's constructors raise where a tag does not fit its value: !!bool maybe.
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
+    return value
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -346,7 +411,15 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any], depth: int = 0) 
 
     A key may be dotted (`optimizer.kwargs.lr`) where it names a section or a setting; deeper keys are taken as they
     are, since the keys of free dicts (a LoRA `rank_pattern`) hold dots of their own. Later keys win.
+
+    Raises:
+        ConfigError: one of them is no mapping, or see `check_values`.
     """
+    for values in (base, changes):
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{shown(values)}: settings must be a mapping of names to values")
+    if depth == 0:
+        check_values(changes)
     result = own_copy(base)
     for key, value in changes.items():
         head, dot, rest = str(key).partition(".") if depth < 2 else (str(key), "", "")

@@ -8,7 +8,7 @@ from solotune.trainers.ppo import PPOTrainer
 from solotune.trainers.run_folder import RunFolder
 from tests.tiny import tiny_ppo_config
 
-FIRST, LAST = (50, 500) if os.environ.get("SOLOTUNE_SOAK") else (30, 90)
+FIRST, LAST = (50, 500) if os.environ.get("SOLOTUNE_SOAK") else (30, 70)
 
 
 def resident_bytes():

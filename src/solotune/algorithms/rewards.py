@@ -67,8 +67,10 @@ class RunningMoments:
         return {"mean": self.mean, "squares": self._squares, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self._squares = float(state["mean"]), float(state["squares"])
-        self.count = int(state["count"])
+        mean, squares, count = float(state["mean"]), float(state["squares"]), int(state["count"])
+        if not (math.isfinite(mean) and 0 <= squares < math.inf and count >= 0):
+            raise ValueError(f"moments with mean {mean}, squares {squares}, count {count}: these cannot be of scores")
+        self.mean, self._squares, self.count = mean, squares, count
 
 
 class ScaledScores(NamedTuple):

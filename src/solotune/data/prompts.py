@@ -1,15 +1,16 @@
 """Prompts: texts to continue, with the metadata that reward functions may ask for."""
 
 import logging
+import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
-from solotune.data.tables import Row, read_rows
+from solotune.data.tables import Row, is_unicode, read_rows
 from solotune.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Prompts:
             values = _mapping(row, index, column)
             if set(values) != names:
                 raise DataError(
-                    f"prompt {index} has the keys {sorted(values)}, prompt 0 has {sorted(names)}: "
+                    f"prompt {index} has the keys {_named(values)}, prompt 0 has {_named(names)}: "
                     "every prompt needs the same keys"
                 )
             text = values.pop(column)
@@ -64,6 +65,10 @@ class Prompts:
                 raise DataError(f"prompt {index} is a {type(text).__name__} ({str(text)[:80]!r}), expected a text")
             if not text.strip():
                 raise DataError(f"prompt {index} is empty ({text!r}): remove it or give it a text")
+            if bad := [
+                name for name, x in {column: text, **values}.items() if isinstance(x, str) and not is_unicode(x)
+            ]:
+                raise DataError(f"prompt {index}: {bad[0]!r} is no text, it holds half of a surrogate pair; remove it")
             texts.append(text)
             columns.append(values)
         if taken := sorted((names - {column}) & set(RESERVED)):
@@ -71,7 +76,7 @@ class Prompts:
                 f"prompts have metadata called {', '.join(taken)}, which reward functions get as something else "
                 f"({', '.join(RESERVED)}); rename it"
             )
-        return cls(texts, {name: [values[name] for values in columns] for name in sorted(names - {column})})
+        return cls(texts, {name: [values[name] for values in columns] for name in sorted(names - {column}, key=str)})
 
     def select(self, indices: Sequence[int]) -> "Prompts":
         """The prompts at `indices`, in that order."""
@@ -244,7 +249,7 @@ def _mapping(row: Row, index: int, column: str | None) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"prompt {index} is a {type(row).__name__} ({str(row)[:80]!r}), expected a text or a mapping")
     if column is not None and column not in row:
-        raise DataError(f"prompt {index} has no key {column!r}; its keys are {sorted(map(str, row))}")
+        raise DataError(f"prompt {index} has no key {column!r}; its keys are {_named(row)}")
     return dict(row)
 
 
@@ -262,7 +267,7 @@ def _load(source: "str | list[Row]", data: "DataConfig") -> Prompts:
         found = [name for name in PROMPT_COLUMNS if name in first]
         if not found:
             raise DataError(
-                f"{source!r} has the columns {sorted(first)}, none of which is {' or '.join(PROMPT_COLUMNS)}; "
+                f"{source!r} has the columns {_named(first)}, none of which is {' or '.join(PROMPT_COLUMNS)}; "
                 "name the one to use in `data.prompt_column`"
             )
         column = found[0]
@@ -288,11 +293,20 @@ def _from_rows(rows: list[Row], column: str, data: "DataConfig") -> Prompts:
 
 
 def _filled(template: str, row: Row, index: int) -> str:
+    """`template` with a column's text for every {column}; nothing else that str.format knows, since a recipe may be
+    somebody else's: {prompt.__class__} would look into objects, {prompt:>9999999999} fill the memory."""
     values = row if isinstance(row, dict) else {"prompt": row}
     try:
-        return template.format_map(values)
-    except (KeyError, IndexError, ValueError) as error:
+        parts = list(string.Formatter().parse(template))
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ValueError("{column} takes no format (:) and no conversion (!)")
+        return "".join(literal + ("" if name is None else str(values[name])) for literal, name, _, _ in parts)
+    except (KeyError, ValueError) as error:
         raise DataError(
-            f"`data.prompt_template` {template!r} does not fit prompt {index}, which has the columns {sorted(values)}: "
-            f"{type(error).__name__} {error}"
+            f"`data.prompt_template` {template[:400]!r} does not fit prompt {index}, which has the columns "
+            f"{_named(values)}: {type(error).__name__} {error}"
         ) from error
+
+
+def _named(columns: Iterable[Any]) -> str:
+    return str(sorted(map(str, columns)))[:400]

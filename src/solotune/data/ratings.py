@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
-from solotune.data.tables import read_rows
+from solotune.data.tables import is_unicode, read_rows
 from solotune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -84,12 +84,12 @@ def as_ratings(
         text, rating = _text(row, text_column, index, source), row[rating_column]
         try:
             value = float(rating)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if isinstance(rating, bool) or not low <= value <= high:
             raise DataError(
-                f"{source!r}, row {index}: the rating in column {rating_column!r} is {rating!r}, expected a number "
-                f"from {low:g} to {high:g} (`rating_min` and `rating_max` of the reward training)"
+                f"{source!r}, row {index}: the rating in column {rating_column!r} is {repr(rating)[:80]}, expected a "
+                f"number from {low:g} to {high:g} (`rating_min` and `rating_max` of the reward training)"
             )
         texts.append(text)
         ratings.append(value)
@@ -113,8 +113,10 @@ def as_pairs(rows: list[dict[str, Any]], source: str, chosen_column: str, reject
     for index, row in enumerate(rows):
         chosen, rejected = (_text(row, column, index, source) for column in (chosen_column, rejected_column))
         prompt = row.get("prompt") or ""
-        if not isinstance(prompt, str):
-            raise DataError(f"{source!r}, row {index}: `prompt` is a {type(prompt).__name__}, expected a text")
+        if not isinstance(prompt, str) or not is_unicode(prompt):
+            raise DataError(
+                f"{source!r}, row {index}: `prompt` is {str(prompt)[:80]!r} ({type(prompt).__name__}), expected a text"
+            )
         if prompt and not (chosen.startswith(prompt) and rejected.startswith(prompt)):
             chosen, rejected = prompt + chosen, prompt + rejected
         if chosen == rejected:
@@ -178,16 +180,16 @@ def _require(rows: list[dict[str, Any]], source: str, columns: tuple[str, ...]) 
         if missing := [column for column in columns if column not in row]:
             raise DataError(
                 f"{source!r}, row {index} has no column {' or '.join(map(repr, missing))}; "
-                f"it has {', '.join(map(str, row))}"
+                f"it has {', '.join(map(str, row))[:400]}"
             )
 
 
 def _text(row: dict[str, Any], column: str, index: int, source: str) -> str:
     text = row[column]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text.strip() or not is_unicode(text):
         raise DataError(
             f"{source!r}, row {index}: column {column!r} is {str(text)[:80]!r} ({type(text).__name__}), "
-            "expected a text that is not empty"
+            "expected a text that is not empty and all Unicode"
         )
     return text
 

@@ -9,7 +9,13 @@ from solotune.errors import DataError
 
 Row = str | dict[str, Any]
 
+ENCODING = "utf-8-sig"  # a mark of byte order at the beginning is no text
 _SUFFIXES = (".txt", ".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON's `\\ud800` makes half a surrogate pair, which no tokenizer and no file takes."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
@@ -22,14 +28,19 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     Raises:
         DataError: the source does not exist or is not of that form.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, ~ of nobody
+        raise DataError(f"{source[:200]!r} is no file's name: {error}") from error
     if path.name.lower().endswith(_SUFFIXES):
         if not path.is_file():
             raise DataError(f"there is no file {source!r} (looked in {path.absolute().parent})")
         try:
             return _read_file(path)
-        except (ValueError, OSError) as error:  # pyarrow's errors and JSONDecodeError are ValueErrors
-            raise DataError(f"{source!r} cannot be read as a {path.suffix} file: {error}") from error
+        except Exception as error:  # json, gzip and pyarrow raise a dozen classes; each means the same here
+            reason = str(error)[:1000] or type(error).__name__
+            raise DataError(f"{source!r} cannot be read as a {path.suffix} file: {reason}") from error
     if path.is_file():
         raise DataError(f"{source!r} is a file of an unknown kind; the kinds are {', '.join(_SUFFIXES)}")
     return _read_dataset(source, split)
@@ -38,12 +49,12 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 def _read_file(path: Path) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding=ENCODING).splitlines() if line.strip()]
     if suffix in (".jsonl", ".gz"):
-        with (gzip.open if suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if suffix == ".gz" else open)(path, "rt", encoding=ENCODING) as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
     elif suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding=ENCODING))
         if not isinstance(rows, list):
             raise ValueError(f"expected a list of texts or of objects, got {type(rows).__name__}")
     elif suffix == ".csv":

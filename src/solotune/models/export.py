@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from solotune.errors import ModelError
+from solotune.files import links_out, named, whole_folder
 
 log = logging.getLogger("solotune")
 
@@ -21,27 +22,47 @@ def merge_adapter(run: Path, target: Path) -> Path:
         run: a run's folder, or a folder that `save_pretrained` wrote.
         target: a new or an empty folder.
     Raises:
-        ModelError: there is no tuned model in `run`, its base is not found, or `target` holds files.
+        ModelError: there is no tuned model in `run`, it is broken, its base is not found, or `target` holds files.
+        RunFileError: `target` cannot be written.
     """
     source = _saved_model(run)
     if target.exists() and any(target.iterdir()):
         raise ModelError(f"--merge {str(target)!r} is not empty; choose a new folder")
+    if (link := links_out(source)) is not None:
+        raise ModelError(f"{str(link)!r} is a link to a file elsewhere; put the file itself in its place")
     if not (source / "adapter_config.json").exists():
         log.info("%s was trained in place: it is copied, there is nothing to merge", source)
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        with named(target), whole_folder(target) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
         return target
-    base = str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    if not (source / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{str(source)!r} has no adapter_model.safetensors; other files are not loaded (pickled weights "
+            "can run code when they are read)"
+        )
+    try:
+        base = str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # somebody else's files: peft and transformers raise whatever they stumble over
+        raise ModelError(f"the adapter in {str(source)!r} cannot be read: {_reason(error)}") from error
     try:
         lm = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"the adapter in {str(source)!r} belongs to {base!r}, which cannot be loaded: {reason}"
+            f"the adapter in {str(source)!r} belongs to {base!r}, which cannot be loaded: {_reason(error)}"
         ) from error
-    merged = PeftModel.from_pretrained(lm, str(source)).merge_and_unload()  # type: ignore[operator]
-    merged.save_pretrained(str(target), safe_serialization=True)
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(target))
+    try:
+        merged = PeftModel.from_pretrained(lm, str(source)).merge_and_unload()  # type: ignore[operator]
+    except Exception as error:
+        raise ModelError(f"the adapter in {str(source)!r} does not fit {base!r}: {_reason(error)}") from error
+    with named(target), whole_folder(target) as aside:
+        merged.save_pretrained(str(aside), safe_serialization=True)
+        tokenizer.save_pretrained(str(aside))
     return target
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def _saved_model(run: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from solotune.files import write_whole
 from solotune.models.tree import format_bytes
 from solotune.report import curves
 from solotune.report.cleaning import visible
@@ -48,6 +49,7 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         DataError: `run_dir` is not a run folder.
+        RunFileError: the page cannot be written; an earlier one stays.
     """
     run = read_run(run_dir)
     environment = Environment(
@@ -80,7 +82,7 @@ def write_report(run_dir: Path) -> Path:
         config=run.config,
     )
     path = Path(run_dir) / "report.html"
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_whole(path, page)
     return path
 
 

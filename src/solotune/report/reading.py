@@ -84,12 +84,13 @@ def read_run(run_dir: Path) -> Run:
             evaluations.setdefault(line["round"], []).append(line)
     summary = _read_summary(run_dir / "summary.json", notes)
     config = run_dir / "config.yaml"
+    has_config = config.is_file() and _is_own(config, notes)
     return Run(
         name=run_dir.resolve().name,
         metrics=[by_round[r] for r in sorted(by_round)],
         evaluations={r: evaluations[r] for r in sorted(evaluations)},
         summary=summary,
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if has_config else "",
         notes=notes,
     )
 
@@ -134,10 +135,20 @@ def by_prompt(pairs: list[Pair], rows: int, per_prompt: int) -> dict[str, list[P
     return kept
 
 
+def _is_own(path: Path, notes: list[str]) -> bool:
+    """Whether a file lies in its folder; a page that is passed on must not show what a link in it pointed to."""
+    if path.resolve().is_relative_to(path.parent.resolve()):
+        return True
+    notes.append(f"{path.name} is a link to a file outside of the run's folder and is left out.")
+    return False
+
+
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file that have a `round`; each line left out makes a note."""
     if not path.is_file():
         notes.append(f"{path.name} is missing: the run has not got that far, or was moved without it.")
+        return []
+    if not _is_own(path, notes):
         return []
     rows = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     found: list[dict[str, Any]] = []
@@ -168,6 +179,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         notes.append("summary.json is missing: the run still goes on or was stopped. The numbers are those so far.")
+        return {}
+    if not _is_own(path, notes):
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))

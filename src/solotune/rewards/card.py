@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from solotune.errors import ModelError
+
 if TYPE_CHECKING:
     from solotune.config import RewardTrainingConfig
 
@@ -42,8 +44,21 @@ def write_card(
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card in a reward model's folder."""
-    return json.loads((Path(folder) / CARD_FILE).read_text(encoding="utf-8"))
+    """The card in a reward model's folder.
+
+    Raises:
+        ModelError: it is not what `write_card` wrote.
+    """
+    path = Path(folder) / CARD_FILE
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(card["fingerprint"], str) and math.isfinite(card["offset"])):
+            raise ValueError("its fingerprint is no text or its offset no number")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ModelError(
+            f"{str(path)!r} is not the card of a reward model that solotune trained: {type(error).__name__}: {error}"
+        ) from error
+    return card
 
 
 def card_table(card: dict[str, Any]) -> Table:

@@ -21,9 +21,9 @@ from solotune.rewards.guard import OnError
 from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import console, round_progress
+from solotune.trainers.console import round_progress, say
 from solotune.trainers.evaluation import Evaluation, evaluate
-from solotune.trainers.optim import build_optimizer, build_scheduler
+from solotune.trainers.optim import build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import PromptSampler, Texts
@@ -264,7 +264,8 @@ class Trainer(ABC):
         if evaluation.reward > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
             self.best_reward = evaluation.reward
             if self.run is not None:
-                self.save_pretrained(self.run.path / "best")
+                with self.run.whole("best") as folder:
+                    self.save_pretrained(folder)
         return evaluation
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -295,7 +296,9 @@ class Trainer(ABC):
         found = checkpoint.newest(Path(folder))
         if found is None:
             raise ConfigError(f"{str(folder)!r} holds no checkpoint; allowed are what save() was given, and its step_N")
-        self.load_state(checkpoint.restore(found, self.model, self.optimizer.optimizer))
+        state = checkpoint.restore(found, self.model, self.optimizer.optimizer)
+        with checkpoint.reading(found):
+            self.load_state(state)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`transformers.generate` of the tuned model, with the `gen_kwargs` of rollouts where none are given."""
@@ -359,7 +362,7 @@ class Trainer(ABC):
         self.rounds_done, self.steps_done = state["round"], state["step"]
         self.evaluated_step = state["evaluated_step"]
         self.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
-        self.scheduler.load_state_dict(state["scheduler"])
+        load_scheduler(self.scheduler, state["scheduler"])
         if state["first_evaluation"] is not None:
             self.first_evaluation = Evaluation(**state["first_evaluation"])
             self.last_evaluation = Evaluation(**state["last_evaluation"])
@@ -376,7 +379,7 @@ class Trainer(ABC):
     def say(self, line: str) -> None:
         """One line on the terminal, from one process."""
         if self.accelerator.is_main_process:
-            console.print(line, highlight=False, markup=False)
+            say(line)
 
     def in_memory(self, run: Callable[[int], T]) -> T:
         """`run(micro_batch)`, repeated with half the rows a pass whenever the GPU's memory does not hold them.

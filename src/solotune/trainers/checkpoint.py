@@ -26,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from solotune.errors import CheckpointError, ConfigError
+from solotune.errors import CheckpointError, ConfigError, SolotuneError
+from solotune.files import named, remove, whole_folder
+from solotune.trainers.saved_state import check_state, is_like
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -48,42 +50,39 @@ def writing(folder: Path, step: int, keep: int = KEEP) -> Iterator[Path]:
         CheckpointError: the disk is full, the folder is read-only, or the like; earlier checkpoints are untouched.
     """
     target = folder / f"step_{step:06d}"
-    aside = folder / f".{target.name}.partial"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        hashes = {path.relative_to(aside).as_posix(): _sha256(path) for path in files}
-        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
-        for path in [*files, aside / MANIFEST, aside]:
-            _to_disk(path)
-        if target.exists():  # a round that is played again: never a moment without either
-            replaced = folder / f".{target.name}.replaced"
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(target, replaced)
-            os.replace(aside, target)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(aside, target)
+        with whole_folder(target) as aside:
+            yield aside
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            hashes = {path.relative_to(aside).as_posix(): _sha256(path) for path in files}
+            (aside / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+            for path in [*files, aside / MANIFEST, aside]:
+                _to_disk(path)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         left = newest(folder) if folder.is_dir() else None
         raise CheckpointError(
             f"the checkpoint {str(target)!r} could not be written: {error}; "
             + (f"the last good one is {str(left)!r}" if left is not None else "there is none yet")
         ) from error
-    by_age = sorted(_by_step(folder.glob("step_*")), key=lambda path: path.stat().st_mtime_ns)
-    for old in by_age[:-keep]:
-        shutil.rmtree(old)
+    try:
+        by_age = sorted(_by_step(folder.glob("step_*")), key=lambda path: path.stat().st_mtime_ns)
+        for old in by_age[:-keep]:
+            shutil.rmtree(old)
+    except OSError as error:  # the new one is there
+        log.warning("an older checkpoint in %s could not be removed: %s", folder, error)
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, which a resumed run is about to take again."""
+    """Remove the checkpoints of later steps, which a resumed run is about to take again.
+
+    Raises:
+        RunFileError: one cannot be removed.
+    """
     for path in _by_step(folder.glob("step_*")):
         if int(path.name[5:]) > step:
-            shutil.rmtree(path)
+            with named(path):
+                remove(path)
 
 
 def save(
@@ -127,13 +126,14 @@ def saved(folder: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None: each is there, and has the hash it was written with."""
     try:
+        if not _is_own_file(path, MANIFEST):
+            return f"there is no {MANIFEST}"
         hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in hashes.items():
-            if (path / name).resolve().is_relative_to(path.resolve()) and _sha256(path / name) == expected:
-                continue
-            return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+            if not _is_own_file(path, name) or _sha256(path / name) != expected:
+                return f"{name[:200]!r} is not what was written"
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"[:300]
     missing = {"state.json", "tensors.safetensors"} - hashes.keys()
     return f"{', '.join(sorted(missing))} is not in {MANIFEST}" if missing else None
 
@@ -150,12 +150,22 @@ def newest(folder: Path) -> Path | None:
         if folder.exists() and (reason := damage(folder)) is not None:
             raise CheckpointError(f"checkpoint {str(folder)!r} is damaged: {reason}; give its run's folder for another")
         return folder if folder.exists() else None
+    for half in (*folder.glob("checkpoints/.step_*.replaced"), *folder.glob(".step_*.replaced")):
+        whole = half.with_name(half.name.removesuffix(".replaced")[1:])
+        if not whole.exists():  # killed between the two renames of `whole_folder`
+            with contextlib.suppress(OSError):  # a disk that is still broken: the ones before it count
+                os.replace(half, whole)
     for path in reversed(saved(folder / "checkpoints") or saved(folder)):
         reason = damage(path)
         if reason is None:
             return path
         log.warning("checkpoint %s is damaged (%s): trying the one before it", path, reason)
     return None
+
+
+def _is_own_file(folder: Path, name: str) -> bool:
+    """Whether it is a file inside the folder: no link to elsewhere, no pipe that would be waited for."""
+    return (folder / name).resolve().is_relative_to(folder.resolve()) and (folder / name).is_file()
 
 
 def _sha256(path: Path) -> str:
@@ -173,7 +183,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _by_step(paths: Iterable[Path]) -> list[Path]:
-    return sorted((path for path in paths if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in paths if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:]))
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -181,31 +191,51 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
     under "tensors".
 
     Raises:
-        ConfigError: it is not there, or belongs to a model with other trained tensors.
+        ConfigError: it belongs to a model with other trained tensors.
+        CheckpointError: it cannot be read, or holds something else than `save` wrote.
     """
-    try:
+    with reading(path):
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
-    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    stored = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    if shapes != {name: tuple(p.shape) for name, p in trained.items()}:
-        differing = sorted(set(shapes) ^ set(trained)) or sorted(
-            n for n in shapes if shapes[n] != tuple(trained[n].shape)
-        )
-        raise ConfigError(
-            f"checkpoint {str(path)!r} does not fit the model of this recipe: {len(differing)} trained tensors differ, "
-            f"such as {differing[0]!r}; resume with the recipe it was made with"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(stored[name])
-    _restore_optimizer(optimizer, tensors, content.pop("optimizer"))
-    _restore_random_states(tensors, content)
+    with reading(path):
+        trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+        stored = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+        expected = {name: (tuple(p.shape), p.dtype) for name, p in trained.items()}
+        if kinds != expected:
+            differing = sorted(set(kinds) ^ set(expected)) or sorted(n for n in kinds if kinds[n] != expected[n])
+            raise ConfigError(
+                f"checkpoint {str(path)!r} does not fit the model of this recipe: {len(differing)} trained tensors "
+                f"differ, such as {differing[0]!r}; resume with the recipe it was made with"
+            )
+        content = check_state(content)
+        optimizer_state = _optimizer_state(optimizer, tensors, content.pop("optimizer"))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(stored[name])
+        optimizer.load_state_dict(optimizer_state)
+        _restore_random_states(tensors, content)
     of_trainer = {name.removeprefix("trainer."): x for name, x in tensors.items() if name.startswith("trainer.")}
     return {**content, "tensors": of_trainer}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is raised by content that `save` did not write, as an error of ours.
+
+    Raises:
+        CheckpointError: anything but an error of ours.
+    """
+    try:
+        yield
+    except SolotuneError:
+        raise
+    except Exception as error:  # JSON of any form: no list of classes is complete
+        said = str(error).splitlines()[0][:500] if str(error) else ""
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} cannot be read, it is not what a run saves: {type(error).__name__}: {said}; "
+            "resume from another one"
+        ) from error
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -218,21 +248,50 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]) -> None:
+def _optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], saved_groups: Any) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes, checked against the optimizer: torch itself would fail at the next step.
+
+    Raises:
+        ValueError: it is that of another optimizer.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if not isinstance(saved_groups, list) or len(saved_groups) != len(groups):
+        raise ValueError("its optimizer has other groups of parameters")
+    merged = []
+    for own, saved in zip(groups, saved_groups, strict=True):
+        if not isinstance(saved, dict) or own["params"] != saved.get("params"):
+            raise ValueError("its optimizer has other parameters")
+        if odd := saved.keys() ^ own.keys():
+            raise ValueError(f"its optimizer has or lacks {', '.join(sorted(odd))}"[:200])
+        for name, value in own.items():
+            if not is_like(saved[name], value):
+                raise ValueError(f"its optimizer has {name} = {saved[name]!r}"[:200])
+        merged.append({**saved, "betas": tuple(saved["betas"])} if "betas" in saved else saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            shape = parameters[int(index)].shape  # an IndexError where there is no such parameter
+            if key in _LIKE_PARAMETER and not (tensor.shape == shape and tensor.is_floating_point()):
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the parameter has {tuple(shape)}")
+            if key == "step" and tensor.numel() != 1:
+                raise ValueError(f"{name} is no number")
             outer, slash, inner = key.partition("/")
             entry = state.setdefault(int(index), {})
             if slash:
                 entry.setdefault(outer, {})[inner] = tensor
             else:
                 entry[outer] = tensor
-    for group in param_groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+    if len({frozenset(values) for values in state.values()}) > 1 or (
+        isinstance(optimizer, torch.optim.Adam) and any(not values.keys() >= _ADAM for values in state.values())
+    ):
+        raise ValueError("its optimizer lacks tensors")
+    return {"state": state, "param_groups": merged}
+
+
+_LIKE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def _torch_random_state() -> dict[str, Tensor]:
@@ -252,6 +311,8 @@ def _restore_random_states(tensors: dict[str, Tensor], content: dict[str, Any]) 
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     version, internal, gauss = content.pop("python_random")
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal), None if gauss is None else float(gauss)))
     kind, keys, position, has_gauss, cached = content.pop("numpy_random")
+    if not 0 <= position <= 624:  # numpy would read beyond its array
+        raise ValueError(f"numpy's random state is at {position}, which must be 0 to 624")
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))

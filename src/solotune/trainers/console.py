@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from solotune.report.cleaning import one_line, visible
 
 console = Console(stderr=False)
+
+
+def say(line: str, soft_wrap: bool = False) -> None:
+    """One line on the terminal. Names of files and texts of others may stand in it: nothing in it is obeyed.
+
+    Args:
+        soft_wrap: do not break it, so that a command in it can be copied.
+    """
+    console.print(Text(visible(line)), soft_wrap=soft_wrap)  # a str would be read as markup and emoji codes
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log messages whose arguments (file names, texts of others) stay on their line and cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, with what would act in a terminal written out."""
+        if isinstance(record.args, tuple):
+            arguments = tuple(one_line(x) if isinstance(x, str | os.PathLike) else x for x in record.args)
+            record = logging.makeLogRecord({**vars(record), "args": arguments})
+        return visible(super().format(record))
 
 
 def show_logs(level: int = logging.INFO) -> None:
@@ -20,7 +44,7 @@ def show_logs(level: int = logging.INFO) -> None:
     if logger.handlers or logging.getLogger().handlers:
         return
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(VisibleFormatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)
 

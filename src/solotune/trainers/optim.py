@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler
 
 from solotune.errors import ConfigError, MissingExtraError
+from solotune.trainers.saved_state import is_like
 
 if TYPE_CHECKING:
     from solotune.config import OptimizerConfig, SchedulerConfig
@@ -62,3 +63,16 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer) -> LRSchedule
         raise ConfigError(
             f"scheduler.kwargs {config.kwargs!r} do not fit scheduler.name {config.name!r}: {error}"
         ) from error
+
+
+def load_scheduler(scheduler: LRScheduler, saved: dict[str, Any]) -> None:
+    """Put a schedule where a checkpoint left it; torch itself would take any attribute from it.
+
+    Raises:
+        ValueError: it is that of another schedule.
+    """
+    own = scheduler.state_dict()
+    for name, value in saved.items():
+        if name not in own or not is_like(value, own[name]):
+            raise ValueError(f"its schedule has {name} = {value!r}"[:200])
+    scheduler.load_state_dict(saved)

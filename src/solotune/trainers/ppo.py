@@ -430,7 +430,7 @@ class PPOTrainer(Trainer):
         super().load_state(state)
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
-        self.ref_std = state["ref_std"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.ref_std = None if state["ref_std"] is None else float(state["ref_std"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
         if state["unfinished"] is not None:
             self.round = Round.restored(state["unfinished"], state["tensors"], self.device)

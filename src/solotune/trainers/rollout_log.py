@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from solotune.errors import ConfigError
+from solotune.files import named, write_whole
 from solotune.rollout.records import Rollouts
 from solotune.trainers.sampling import Texts
 from solotune.validation import plain
@@ -25,7 +26,7 @@ class RolloutLog:
     (`query_tensor`, `response_tensor`), and the texts and the score.
 
     Raises:
-        ConfigError: the folder is not there.
+        ConfigError: the folder is not there. RunFileError: it cannot be written to.
     """
 
     def __init__(self, config: TRLConfig, accelerator: Accelerator):
@@ -35,8 +36,9 @@ class RolloutLog:
         self._accelerator = accelerator
         self._folder = folder / f"run-{uuid.uuid4()}"
         if accelerator.is_main_process:
-            self._folder.mkdir()
-            (self._folder / "config.json").write_text(str(config), encoding="utf-8")
+            with named(self._folder):
+                self._folder.mkdir()
+                (self._folder / "config.json").write_text(str(config), encoding="utf-8")
 
     def write(self, rollouts: Rollouts, texts: Texts, scores: list[Any]) -> None:
         """One file with the rollouts of all processes."""
@@ -53,4 +55,4 @@ class RolloutLog:
         gathered = gather_object(rows)
         if self._accelerator.is_main_process:
             path = self._folder / f"epoch-{time.time()}.json"
-            path.write_text(json.dumps(plain(gathered), ensure_ascii=False), encoding="utf-8")
+            write_whole(path, json.dumps(plain(gathered), ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
-from solotune.errors import ConfigError, NotYetError
+from solotune.errors import ConfigError, NotYetError, SolotuneError
+from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
@@ -26,7 +28,7 @@ from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import console, show_logs
+from solotune.trainers.console import console, say, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.ppo import PPOTrainer, room_for_prompts
 from solotune.trainers.registry import get_pipeline, get_trainer
@@ -207,18 +209,18 @@ def _run(
     accelerator.wait_for_everyone()
     if main:
         saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn, stop_sequences, run)
-        saved.save_yaml(out / "config.yaml", versions())
+        with named(out / "config.yaml"):  # aside first: an earlier one is what resuming needs
+            saved.save_yaml(aside := out / ".config.yaml.partial", versions())
+            os.replace(aside, out / "config.yaml")
         tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
-        console.print(
-            f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}", highlight=False
-        )
-        command = f"solotune train {out / 'config.yaml'} --resume --out {out}"
+        say(f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}")
+        command = shlex.join(["solotune", "train", str(out / "config.yaml"), "--resume", "--out", str(out)])
         trainer.resume_hint = (
             f"go on with: {command}"
             if recipe is not None
             else (f"go on with train.resume_from_checkpoint={str(out)!r} and the same script")
         )
-        console.print(f"after an interruption: {trainer.resume_hint}", highlight=False, soft_wrap=True)
+        say(f"after an interruption: {trainer.resume_hint}", soft_wrap=True)
     tracking.start(accelerator, config, out.name)
     try:
         trainer.learn(start_from, on_round)
@@ -241,7 +243,8 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
     assert after is not None
     with clock.phase("save"):
         is_adapter = hasattr(trainer.model.backbone, "peft_config")
-        trainer.save_pretrained(run.path / ("adapter" if is_adapter else "model"))
+        with run.whole("adapter" if is_adapter else "model") as folder:
+            trainer.save_pretrained(folder)
     tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
     tokens = trainer.rollout_tokens
     summary = {
@@ -262,12 +265,15 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
         "parameter_tree": tree.text(),
     }
     run.write_json("summary.json", summary)
-    page = write_report(run.path)
+    try:
+        page = f"see {write_report(run.path)}"
+    except SolotuneError as error:  # the tuned model is saved: no reason to end as a run that failed
+        log.warning("%s", error)
+        page = "there is no page of it"
     console.print(before_after_table(before.samples, after.samples, rows=8))
-    console.print(
+    say(
         f"reward {before.reward:.3f} -> {after.reward:.3f}, KL {after.kl:.2f} nats a response, "
-        f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; see {page}",
-        highlight=False,
+        f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; {page}"
     )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
-from solotune.errors import ConfigError
+from solotune.errors import ConfigError, RunFileError
+from solotune.files import links_out, named, whole_folder, write_whole
 from solotune.rollout.records import Rollouts
 
 log = logging.getLogger("solotune")
@@ -40,16 +42,23 @@ class RunFolder:
         self._lock: FileLock | None = None
         if not writes:
             return
-        if not continued and path.exists() and any(path.iterdir()):
-            _refuse_other_files(path)
-            earlier = self._locked()
-            log.info("the earlier run is now %s", _move_aside(path))
-            earlier.release()
         try:
+            if not continued and path.exists() and any(path.iterdir()):
+                _refuse_other_files(path)
+                earlier = self._locked()
+                log.info("the earlier run is now %s", _move_aside(path))
+                earlier.release()
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+        except ConfigError:
+            raise
         except OSError as error:
             raise ConfigError(f"run folder {str(path)!r} cannot be made: {error}; choose another with --out") from error
+        if (link := links_out(path)) is not None:
+            raise ConfigError(
+                f"{str(link)!r} is a link to {str(link.resolve())!r}, outside of the run's folder: going on there "
+                "would write to it; put the file itself in its place, or choose another folder with --out"
+            )
+        self._lock = self._locked()
 
     def _locked(self) -> FileLock:
         """The folder's lock, taken; the system takes it back when the process ends, however it does.
@@ -65,6 +74,8 @@ class RunFolder:
                 f"another run is writing into {str(self.path)!r}: wait for its end, or choose another folder with "
                 "--out (train.run_name from Python)"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"run folder {str(self.path)!r} cannot be locked: {error}") from error
         return lock
 
     def release(self) -> None:
@@ -85,20 +96,46 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Append one JSON line a row. Numbers that are not finite become null: JSON has no NaN."""
+        """Append one JSON line a row, all of them or none. Numbers that are not finite become null: JSON has no NaN.
+
+        Raises:
+            RunFileError: the disk is full, or the like.
+        """
         if not self._writes:
             return
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
+        content = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
+        with named(path), path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = 0
+                while written < len(content):
+                    written += file.write(content[written:])
+                os.fsync(file.fileno())  # on the disk before the checkpoint that counts on it
+            except OSError:
+                file.truncate(before)
+                raise
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a whole JSON file at once: readers see the old one or the new one."""
+        """Write a whole JSON file at once: readers see the old one or the new one.
+
+        Raises:
+            RunFileError: the disk is full, or the like.
+        """
+        if self._writes:
+            write_whole(self.path / name, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """A folder to fill that becomes `name` when the block ends; what was there stays where that fails.
+
+        Raises:
+            RunFileError: the disk is full, or the like.
+        """
         if not self._writes:
+            yield self.path / name
             return
-        aside = (self.path / name).with_name(f".{Path(name).name}.partial")
-        aside.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / name)
+        with named(self.path / name), whole_folder(self.path / name) as aside:
+            yield aside
 
     def save_failure(self, model: nn.Module, rollouts: Rollouts) -> Path:
         """Statistics of the trained tensors (norm, largest number, share that is finite) as JSON, and a round's
@@ -121,24 +158,53 @@ class RunFolder:
         return folder
 
     def cut_after(self, round_index: int) -> None:
-        """Drop the lines of rounds after `round_index`: they are about to be written again."""
+        """Drop the lines of rounds after `round_index`: they are about to be written again.
+
+        Raises:
+            RunFileError: a line is none of a run's, or the disk is full, or the like.
+        """
         if not self._writes:
             return
         for path in (self.metrics, self.samples):
             if path.exists():
-                aside = path.with_name(f".{path.name}.partial")
-                aside.unlink(missing_ok=True)
-                self.append(aside, [row for row in read_lines(path) if row["round"] <= round_index])
-                os.replace(aside, path)
+                rows = read_lines(path)
+                for number, row in enumerate(rows, start=1):
+                    if not isinstance(row.get("round"), int):
+                        raise _not_a_runs(path, number, row)
+                kept = [row for row in rows if row["round"] <= round_index]
+                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a crash cut short is left out."""
-    *lines, last = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
-    rows = [json.loads(line) for line in lines]
-    with contextlib.suppress(json.JSONDecodeError):
-        rows.append(json.loads(last))
-    return rows
+    """The rows of a JSON-lines file; a last line that a crash cut short is left out.
+
+    Raises:
+        RunFileError: it cannot be read, or another line is no object.
+    """
+    try:
+        *lines, last = path.read_bytes().split(b"\n")  # bytes: the cut may lie inside a character
+    except OSError as error:
+        raise RunFileError(f"{str(path)!r} could not be read: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if (row := _row(line)) is None:
+            raise _not_a_runs(path, number, line)
+        rows.append(row)
+    cut = _row(last)
+    return rows if cut is None else [*rows, cut]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _not_a_runs(path: Path, number: int, line: object) -> RunFileError:
+    said = str(line)[:80]
+    return RunFileError(f"{str(path)!r}, line {number} is not what a run writes: {said!r}; remove it, or move the file")
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController
 from solotune.compat.shims import absent
 from solotune.config import PPOConfig, default_ppo_config
+from solotune.errors import ModelError
 from solotune.models.adapters import switch_off_dropout
 from solotune.models.loading import build_policy
 from solotune.models.policy import PolicyModel, ValueBranch, WholePass, saved_branch_blocks
@@ -77,7 +78,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         branch = num_value_layers_unfrozen or (saved_branch_blocks(folder) if folder is not None else 0)
         if peft_config is None and folder is not None and (folder / "adapter_config.json").exists():
             base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-            lm = AutoModelForCausalLM.from_pretrained(base, **options).requires_grad_(False)
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise ModelError(f"{str(folder)!r} has no adapter_model.safetensors; pickled adapters are not loaded")
+            lm = AutoModelForCausalLM.from_pretrained(base, **{**options, "use_safetensors": True}).requires_grad_(
+                False
+            )
             value_branch = ValueBranch(Decoder(lm), branch) if branch else None
             tuned = PeftModel.from_pretrained(lm, str(folder), is_trainable=True)
             switch_off_dropout(tuned)
