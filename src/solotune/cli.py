@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from solotune.config import Recipe, describe_steps
+from solotune.config import Recipe, describe_steps, parse_override
 from solotune.errors import ConfigError, SolotuneError
 from solotune.report.cleaning import visible
 from solotune.validation import nearest
@@ -173,10 +173,53 @@ def trlx(
         list[str] | None, typer.Argument(metavar="[ARGUMENTS]...", help="Handed to the script.")
     ] = None,
 ) -> None:
-    """Run a script written for trlX, unchanged: `import trlx` means this project, in this process only."""
+    """Run a script written for trlX, unchanged: `import trlx` means this project, in this process only.
+
+    `solotune trlx -m trlx.sweep ...` runs a module of trlX's, as `python -m` does.
+    """
     from solotune.compat.script import run_script
 
     run_script(script, arguments or [])
+
+
+@app.command()
+def sweep(
+    target: Annotated[
+        str, typer.Argument(metavar="SCRIPT_OR_RECIPE", help="A script with main(hparams), or a recipe.")
+    ],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="What to search for: trlX's YAML.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder (default: runs/<target>-<config>).")
+    ] = None,
+    overrides: SetOption = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of what is drawn.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Trials at a time.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run trials that failed once more.")] = False,
+    accelerate_config: Annotated[
+        Path | None, typer.Option("--accelerate_config", metavar="FILE", help="Run each trial by accelerate launch.")
+    ] = None,
+    num_gpus: Annotated[float | None, typer.Option("--num_gpus", hidden=True)] = None,
+    num_cpus: Annotated[float | None, typer.Option("--num_cpus", hidden=True)] = None,
+    yes: Annotated[bool | None, typer.Option("-y", "--assume_yes", hidden=True)] = None,
+    server_address: Annotated[str | None, typer.Option("--server_address", hidden=True)] = None,
+) -> None:
+    """Search for settings: run a trlX script's main(hparams), or a recipe, with many. Goes on where it was stopped."""
+    from solotune.sweep.space import read_plan
+    from solotune.sweep.study import Sweep, run_sweep
+    from solotune.trainers.console import show_logs
+
+    show_logs()
+    if target.endswith(".py") and not Path(target).is_file():
+        raise ConfigError(f"no script {target!r} in {Path.cwd()}: must be a Python file, or a recipe")
+    path = Path(target) if target.endswith(".py") else find_recipe(target)
+    if accelerate_config is not None and not accelerate_config.is_file():
+        raise ConfigError(f"--accelerate_config {accelerate_config}: no such file")
+    given = {"--num_gpus": num_gpus, "--num_cpus": num_cpus, "-y": yes, "--server_address": server_address}
+    if unused := [name for name, value in given.items() if value is not None]:
+        typer.echo(f"without effect here: {', '.join(unused)}; --jobs N runs N trials at a time, on what there is")
+    fixed = {name: value for text in overrides or [] for name, value in parse_override(text).items()}
+    folder = out or Path("runs") / f"{path.stem}-{config.stem}"
+    run_sweep(Sweep(read_plan(config), path, folder, seed, jobs, accelerate_config, fixed), retry_failed)
 
 
 @app.command()

@@ -56,12 +56,14 @@ def install() -> None:
 
 
 def run_script(script: str, arguments: Sequence[str] = ()) -> None:
-    """Run a file as `python script arguments` would, with `trlx` being this project.
+    """Run a file as `python script arguments` would, with `trlx` being this project; `-m` and a module of trlX's too.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or module of trlX's.
         SystemExit: the script exited, or died: then its own traceback has been printed, and the code is 1.
     """
+    if script == "-m":
+        return _run_module(*arguments)
     path = Path(script)
     if not path.is_file():
         raise ConfigError(f"no script {script!r} in {Path.cwd()}: must be a Python file, e.g. ppo_sentiments.py")
@@ -74,11 +76,20 @@ def run_script(script: str, arguments: Sequence[str] = ()) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        _print_own_traceback(error, path)
+        print_own_traceback(error, path)
         raise SystemExit(1) from None
 
 
-def _print_own_traceback(error: BaseException, path: Path) -> None:
+def _run_module(name: str = "", *arguments: str) -> None:
+    """Run a module of trlX's as `python -m name arguments` would."""
+    if name.partition(".")[0] != "trlx" or importlib.util.find_spec(OURS + name) is None:
+        raise ConfigError(f"no module {name!r} of trlX's: must be trlx.sweep, or a script's file without -m")
+    install()
+    sys.argv = [name, *arguments]
+    runpy.run_module(OURS + name, run_name="__main__", alter_sys=True)
+
+
+def print_own_traceback(error: BaseException, path: Path) -> None:
     """The traceback from the script's first line on: without the frames that ran it and, where the error is one of ours
     that says all there is to say, without those below the script's last line."""
     summary = traceback.TracebackException.from_exception(error)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
-from solotune.errors import ConfigError, RunFileError
+from solotune.errors import ConfigError
 from solotune.files import links_out, named, whole_folder, write_whole
+from solotune.lines import append_lines, as_lines, finite, not_a_runs, read_lines
 from solotune.rollout.records import Rollouts
 
 log = logging.getLogger("solotune")
@@ -96,24 +95,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Append one JSON line a row, all of them or none. Numbers that are not finite become null: JSON has no NaN.
+        """Append one JSON line a row, all of them or none.
 
         Raises:
             RunFileError: the disk is full, or the like.
         """
-        if not self._writes:
-            return
-        content = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
-        with named(path), path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                written = 0
-                while written < len(content):
-                    written += file.write(content[written:])
-                os.fsync(file.fileno())  # on the disk before the checkpoint that counts on it
-            except OSError:
-                file.truncate(before)
-                raise
+        if self._writes:
+            append_lines(path, rows)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a whole JSON file at once: readers see the old one or the new one.
@@ -122,7 +110,7 @@ class RunFolder:
             RunFileError: the disk is full, or the like.
         """
         if self._writes:
-            write_whole(self.path / name, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+            write_whole(self.path / name, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
@@ -170,51 +158,9 @@ class RunFolder:
                 rows = read_lines(path)
                 for number, row in enumerate(rows, start=1):
                     if not isinstance(row.get("round"), int):
-                        raise _not_a_runs(path, number, row)
+                        raise not_a_runs(path, number, row)
                 kept = [row for row in rows if row["round"] <= round_index]
-                write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a crash cut short is left out.
-
-    Raises:
-        RunFileError: it cannot be read, or another line is no object.
-    """
-    try:
-        *lines, last = path.read_bytes().split(b"\n")  # bytes: the cut may lie inside a character
-    except OSError as error:
-        raise RunFileError(f"{str(path)!r} could not be read: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if (row := _row(line)) is None:
-            raise _not_a_runs(path, number, line)
-        rows.append(row)
-    cut = _row(last)
-    return rows if cut is None else [*rows, cut]
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _not_a_runs(path: Path, number: int, line: object) -> RunFileError:
-    said = str(line)[:80]
-    return RunFileError(f"{str(path)!r}, line {number} is not what a run writes: {said!r}; remove it, or move the file")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+                write_whole(path, as_lines(kept))
 
 
 def _refuse_other_files(path: Path) -> None:

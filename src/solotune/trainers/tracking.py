@@ -6,12 +6,17 @@ import json
 import logging
 import math
 import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from solotune.errors import ConfigError, MissingExtraError
+from solotune.lines import append_lines
 from solotune.trainers.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -51,15 +56,43 @@ def available_tracker(name: str | None) -> str | None:
     return name
 
 
+VALUES_FILE = "SOLOTUNE_VALUES_FILE"
+"""In the environment: a file that gets every number that trackers get, one JSON line each time. Sweeps read it."""
+
+
 def start(accelerator: Accelerator, config: TRLConfig, run_name: str) -> None:
-    """Open the tracker of `train.tracker`, with the run's name, entity, group and tags where it is W&B.
+    """Open the tracker of `train.tracker`, with the run's name, entity, group and tags where it is W&B; and the file
+    that `SOLOTUNE_VALUES_FILE` names.
 
     Raises:
         ConfigError: the tracker refused to start, such as W&B without a login.
     """
+    if config.train.tracker is not None:
+        _start_chosen(accelerator, config, run_name)
+    if (path := os.environ.get(VALUES_FILE)) and accelerator.is_main_process:
+        accelerator.trackers.append(_ValuesFile(Path(path)))
+
+
+class _ValuesFile(GeneralTracker):
+    """A tracker that appends to a file of JSON lines: `step` and the numbers logged at it."""
+
+    name = "values_file"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_options: Any) -> None:
+        append_lines(self.path, [{"step": step, **values}])
+
+
+def _start_chosen(accelerator: Accelerator, config: TRLConfig, run_name: str) -> None:
     train = config.train
-    if train.tracker is None:
-        return
     wandb = {"name": run_name, "entity": train.entity_name, "group": train.group_name, "tags": train.tags or None}
     if os.environ.get("debug"):  # noqa: SIM112  trlX's switch
         wandb["mode"] = "disabled"
@@ -71,6 +104,18 @@ def start(accelerator: Accelerator, config: TRLConfig, run_name: str) -> None:
             f"train.tracker {train.tracker!r} did not start: {type(error).__name__}: {error}. Set it up, or choose "
             "train.tracker: null; the same numbers are in metrics.jsonl"
         ) from error
+    for tracker in accelerator.trackers:
+        if tracker.name == "mlflow":
+            tracker.log = partial(_log_to_mlflow, tracker.log)
+
+
+def mlflow_name(name: str) -> str:
+    """A metric's name in the characters that MLflow takes: `reward/mean@beta=1` is `reward/mean_at_beta_1` there."""
+    return re.sub(r"[^\w./ -]", "_", name.replace("@", "_at_"))
+
+
+def _log_to_mlflow(log_values: Callable[..., None], values: dict[str, Any], *args: Any, **options: Any) -> None:
+    log_values({mlflow_name(name): value for name, value in values.items()}, *args, **options)
 
 
 def round_names(metrics: dict[str, Any], vf_coef: float) -> dict[str, Any]:

@@ -1,17 +1,21 @@
-"""trlX's hyper-parameter search, which is not there yet."""
+"""trlX's hyper-parameter search: `solotune sweep` under its name and with its options.
 
-from solotune.errors import NotYetError
+solotune trlx -m trlx.sweep --config X.yml script.py         where one typed `python -m trlx.sweep ...`
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from solotune.cli import app
 
 __all__ = ["main"]
 
 
-def main(*_args: object, **_kwargs: object) -> None:
-    """Not there yet.
-
-    Raises:
-        NotYetError: always.
-    """
-    raise NotYetError("trlx.sweep is not there yet; call main(hparams) of the script in a loop")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sweep that the command line (or `arguments`) describes, and exit."""
+    app(["sweep", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
