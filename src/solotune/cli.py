@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from solotune.config import Recipe, describe_steps, parse_override
+from solotune.config import Recipe, StepPlan, describe_steps, parse_override
 from solotune.errors import ConfigError, SolotuneError
 from solotune.report.cleaning import visible
 from solotune.validation import nearest
@@ -89,7 +89,9 @@ def quickstart(
     if rounds is not None:
         train = recipe.config.train
         train.epochs = rounds
-        train.total_steps = max(train.total_steps, rounds * describe_steps(recipe.config).steps_per_round)
+        plan = describe_steps(recipe.config)
+        assert isinstance(plan, StepPlan)  # the packaged recipe is one of PPO
+        train.total_steps = max(train.total_steps, rounds * plan.steps_per_round)
     _run(recipe, out, resume=False)
 
 

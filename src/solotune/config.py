@@ -27,6 +27,7 @@ from solotune.methods import (
     get_method,
     register_method,
 )
+from solotune.plans import GrowthPlan, plan_growth
 from solotune.rollout.settings import LIST_VALUED
 from solotune.secrets import secrets_in
 from solotune.sections import (
@@ -431,17 +432,19 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def describe_steps(config: TRLConfig) -> StepPlan:
-    """How many rounds and optimizer steps a PPO run takes, and which setting ends it.
+def describe_steps(config: TRLConfig) -> StepPlan | GrowthPlan:
+    """How many rounds and optimizer steps a PPO or RFT run takes, and which setting ends it.
 
     As in trlX: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size), rounded up.
 
     Raises:
-        ConfigError: the method is not PPO, which alone counts in this way.
+        ConfigError: the method does not sample, and counts in another way.
     """
     method, train = config.method, config.train
+    if isinstance(method, RFTConfig):
+        return plan_growth(config)
     if not isinstance(method, PPOConfig):
-        raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig only")
+        raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig and RFTConfig only")
     steps_per_round = method.ppo_epochs * math.ceil(method.num_rollouts / train.batch_size)
     by_epochs = train.epochs * steps_per_round
     total = min(train.total_steps, by_epochs)

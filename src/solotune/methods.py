@@ -271,7 +271,12 @@ class SFTConfig(MethodConfig):
 @register_method
 @dataclass(config=STRICT)
 class RFTConfig(MethodConfig):
-    """Rejection-sampling fine-tuning (ReST): names and defaults are trlX's; percentiles are fractions."""
+    """Rejection-sampling fine-tuning (ReST); names and defaults are trlX's.
+
+    n_generations_per_prompt: samples of each prompt a round. n_improve_steps: passes over the best of them a round, for
+    which a sample has to reach its prompt's percentile (a fraction): the first takes start_percentile, the last
+    end_percentile. gen_kwargs: sampling arguments.
+    """
 
     name: str = "RFTConfig"
     gen_kwargs: SweepKwargs = field(
@@ -289,3 +294,5 @@ class RFTConfig(MethodConfig):
                 f"method.start_percentile = {self.start_percentile}: must be at most method.end_percentile, "
                 f"which is {self.end_percentile}"
             )
+        if self.n_generations_per_prompt < 2:
+            raise ConfigError("method.n_generations_per_prompt = 1: must be at least 2: the better ones are kept")

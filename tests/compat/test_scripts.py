@@ -148,6 +148,21 @@ def test_dense_rewards_metadata_metrics_stop_strings_a_sweep_and_a_value_branch(
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+def test_rejection_sampling(run_script, tmp_path):
+    """An RFTConfig, a reward function of exactly three names, and the model as transformers load it."""
+    out, _ = run_script("rft_sentiments.py", {"train.epochs": 3, "method.n_generations_per_prompt": 6})
+    assert "3 rounds of 6 samples a prompt" in out
+    steps = int(re.search(r"trained: RFTTrainer (\d+)", out)[1])
+    run = tmp_path / "ckpts" / "rft_sentiments"
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    learned = [row for row in rows if row["rollout/equal_prompts"] < 1]  # the tiny classifier knows few words
+    assert rows[-1]["step"] == steps == len(learned) >= 1
+    assert all(row["objective/selected_score"] > row["objective/score"] for row in learned)
+    assert len(read_lines(run / "samples.jsonl")) == 2 * 8
+    AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+
+
 def test_the_lines_of_the_readme(run_script, tmp_path):
     """The README's script says nothing of its 10,000 steps, so the defaults themselves are made shorter."""
     shorter = (

@@ -83,6 +83,32 @@ def test_two_processes_take_the_step_of_one_with_twice_the_batch(tiny_folder, tm
     assert outputs[0] == outputs[1]
 
 
+def test_rejection_sampling_on_two_processes_takes_the_step_of_one(tiny_folder, tmp_path, script):
+    """Two processes share the prompts out: the same samples, and one step on the same selection together."""
+    changed = script.with_name("rft.py")
+    changed.write_text(
+        SCRIPT.replace("from tests.tiny import tiny_ppo_config", "from tests.trainers.test_rft import rft_config")
+        .replace("tiny_ppo_config", "rft_config")
+        .replace(', "so", "what"]', ', "so"]')  # three prompts: shares of two and one
+    )
+    runs = []
+    for processes in (1, 2):
+        sections = {
+            "train": {"batch_size": 32 // processes, "epochs": 2, "minibatch_size": 2},
+            "optimizer": {"kwargs": {"lr": 1.0, "eps": 1.0}},
+            "method": {"gen_kwargs": {"max_new_tokens": 6, "eos_token_id": list(range(60))}},
+        }
+        runs.append(launch(processes, changed, tiny_folder, tmp_path / str(processes), sections))
+    one, two = (load_file(next(run.glob("checkpoints/step_*/tensors.safetensors"))) for run in runs)
+    for name in one:
+        if name.startswith("model."):
+            torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4, msg=name)
+    first, second = (read_lines(run / "metrics.jsonl")[0] for run in runs)
+    assert first["step"] == second["step"] == 2
+    for key in ("objective/score", "objective/selected_score", "objective/loss", "rollout/selected"):
+        assert second[key] == pytest.approx(first[key], abs=1e-5), key
+
+
 def test_processes_with_unequal_shares_of_the_evaluation_do_not_wait_for_each_other(tmp_path, script):
     """Three evaluation prompts on two processes, on a model that has buffers (rotary frequencies)."""
     folder = save_tiny(tmp_path / "llama", "llama")

@@ -18,12 +18,13 @@ from solotune.errors import ConfigError, ModelError, RewardError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.rewards.guard import OnError
+from solotune.rollout.records import Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import round_progress, say
 from solotune.trainers.evaluation import Evaluation, evaluate
-from solotune.trainers.optim import build_optimizer, build_scheduler, load_scheduler
+from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import PromptSampler, Texts
@@ -32,6 +33,7 @@ from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
+    from solotune.plans import GrowthPlan
 
 T = TypeVar("T")
 log = logging.getLogger("solotune")
@@ -66,7 +68,7 @@ class Trainer(ABC):
     def __init__(
         self,
         config: TRLConfig,
-        plan: StepPlan,
+        plan: StepPlan | GrowthPlan,
         reward_fn: Callable[..., Any],
         eval_prompts: Prompts,
         room: int,
@@ -99,12 +101,20 @@ class Trainer(ABC):
         prompt_ids = [] if prompts is None else self._encode(prompts)
         eval_ids = self._encode(eval_prompts)
         with self.clock.phase("load"):
-            policy = build_policy(config, self.device)
+            policy = self.build_policy()
         self._check_vocabulary(policy)
         self.parameters = policy.trainable_parameters()
         optimizer = build_optimizer(config.optimizer, self.parameters)
         self.scheduler = build_scheduler(config.scheduler, optimizer)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.stepper = Stepper(
+            self.accelerator,
+            self.parameters,
+            self.optimizer,
+            self.scheduler,
+            config.train.max_grad_norm,
+            config.train.max_skipped_steps,
+        )
 
         self._eos, self._stops = _eos_token_ids(policy, self.tokenizer), list(stop_sequences)
         self._gen_kwargs: dict[str, Any] = getattr(config.method, "gen_kwargs", {})
@@ -124,6 +134,10 @@ class Trainer(ABC):
         self.best_reward = -math.inf
         self.stop = Stop()
         self._untold: dict[str, Any] | None = None  # metrics and first step of a round that is done and not yet told of
+
+    def build_policy(self) -> PolicyModel:
+        """The model, on this process's device, before anything is wrapped around it."""
+        return build_policy(self.config, self.device)
 
     @abstractmethod
     def train_round(self) -> dict[str, Any]:
@@ -275,6 +289,10 @@ class Trainer(ABC):
             self.model.save_pretrained(Path(folder))
             self.tokenizer.save_pretrained(folder)
 
+    def keep_failure(self, rollouts: Rollouts | None = None) -> Path | None:
+        """Write down what a failure can be understood by; the folder it is in."""
+        return None if self.run is None else self.run.save_failure(self.model, rollouts)
+
     def save_checkpoint(self) -> None:
         """Save what resuming needs, at the end of a round."""
         if self.run is not None:
@@ -342,6 +360,7 @@ class Trainer(ABC):
             "first_evaluation": first._asdict() if first is not None else None,
             "last_evaluation": last._asdict() if last is not None else None,
             "evaluated_step": self.evaluated_step,
+            "skipped_in_a_row": self.stepper.skipped_in_a_row,
             "data_order": self._data_order(),
             "rollout_tokens": self.rollout_tokens,
             "seconds_by_phase": dict(self.clock.total),
@@ -361,6 +380,7 @@ class Trainer(ABC):
             )
         self.rounds_done, self.steps_done = state["round"], state["step"]
         self.evaluated_step = state["evaluated_step"]
+        self.stepper.skipped_in_a_row = state["skipped_in_a_row"]
         self.best_reward = -math.inf if state["best_reward"] is None else state["best_reward"]
         load_scheduler(self.scheduler, state["scheduler"])
         if state["first_evaluation"] is not None:

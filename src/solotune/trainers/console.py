@@ -59,14 +59,16 @@ class RoundProgress:
             self._task = progress.add_task("rounds", total=total, completed=done, score="", kl="")
 
     def advance(self, metrics: dict[str, Any]) -> None:
-        """One more round, with its mean score and KL."""
+        """One more round, with its mean score and KL, or its loss."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task,
-                advance=1,
-                score=f"score {metrics['objective/score']:.3f}",
-                kl=f"KL {metrics['objective/kl']:.2f}",
-            )
+            shown = {
+                "score": ("objective/score", ".3f"),
+                "KL": ("objective/kl", ".2f"),
+                "loss": ("objective/loss", ".3f"),
+            }
+            known = [f"{name} {metrics[key]:{digits}}" for name, (key, digits) in shown.items() if key in metrics]
+            score, kl = (*known, "")[:2]
+            self._progress.update(self._task, advance=1, score=score, kl=kl)
 
 
 @contextlib.contextmanager

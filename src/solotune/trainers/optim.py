@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler
 
-from solotune.errors import ConfigError, MissingExtraError
+from solotune.errors import ConfigError, MissingExtraError, TrainingError
 from solotune.trainers.saved_state import is_like
 
 if TYPE_CHECKING:
     from solotune.config import OptimizerConfig, SchedulerConfig
+
+log = logging.getLogger("solotune")
 
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
@@ -76,3 +84,68 @@ def load_scheduler(scheduler: LRScheduler, saved: dict[str, Any]) -> None:
         if name not in own or not is_like(value, own[name]):
             raise ValueError(f"its schedule has {name} = {value!r}"[:200])
     scheduler.load_state_dict(saved)
+
+
+class Stepper:
+    """Takes optimizer steps: the gradient is clipped, and left out where it is not finite.
+
+    Args:
+        optimizer: as `accelerator.prepare` returned it.
+        scheduler: stepped once an optimizer step.
+        max_grad_norm: None does not clip.
+        max_skipped: steps left out in a row after which the run is stopped.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        parameters: list[nn.Parameter],
+        optimizer: AcceleratedOptimizer,
+        scheduler: LRScheduler,
+        max_grad_norm: float | None,
+        max_skipped: int,
+    ):
+        self._accelerator, self._parameters = accelerator, parameters
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._max_grad_norm, self._max_skipped = max_grad_norm, max_skipped
+        self.skipped_in_a_row = 0
+
+    def step(self) -> Tensor:
+        """One step with the gradient that is there, which is removed; returns its norm before clipping."""
+        limit = self._max_grad_norm if self._max_grad_norm is not None else math.inf
+        norm = torch.as_tensor(self._accelerator.clip_grad_norm_(self._parameters, limit))
+        inner = self._optimizer.optimizer
+        if norm.is_cuda and inner.defaults.get("fused"):
+            inner.found_inf = (
+                ~norm.isfinite()
+            ).float()  # fused optimizers look at it themselves: the host need not wait
+            self._optimizer.step()
+        elif bool(norm.isfinite()):
+            self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def count(self, taken: list[bool], keep_state: Callable[[], Path | None]) -> None:
+        """Count the steps in a row, over rounds, whose gradient was not finite; after too many the run is stopped.
+
+        Args:
+            taken: of each step of a round, whether it was taken.
+            keep_state: writes down what the failure can be understood by; returns the folder.
+        Raises:
+            TrainingError: `train.max_skipped_steps` of them.
+        """
+        most = 0
+        for was_taken in taken:
+            self.skipped_in_a_row = 0 if was_taken else self.skipped_in_a_row + 1
+            most = max(most, self.skipped_in_a_row)
+        if not all(taken):
+            log.warning("%d steps were left out: their gradient was not finite", len(taken) - sum(taken))
+        if most < self._max_skipped:
+            return
+        folder = keep_state()
+        where = f"; statistics and what was learned from are in {folder}" if folder is not None else ""
+        raise TrainingError(
+            f"the gradient of {most} steps in a row was not finite (train.max_skipped_steps = {self._max_skipped})"
+            f"{where}. Lower optimizer.kwargs.lr or look at the rewards; --resume goes on from the last checkpoint"
+        )

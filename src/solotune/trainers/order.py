@@ -41,6 +41,12 @@ def minibatches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[Ten
     return list(order.split(batch_size))
 
 
+def even_batches(n_rows: int, n_batches: int, seed: int, epoch: int) -> list[Tensor]:
+    """Row indices of a shuffled pass in so many batches, whose sizes differ by one at most; some may be empty."""
+    order = torch.from_numpy(_permutation(n_rows, seed, Stream.MINIBATCHES, epoch))
+    return list(order.tensor_split(n_batches)) if n_batches else []
+
+
 def _permutation(n: int, seed: int, stream: Stream, counter: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, int(stream)], counter=[0, 0, counter, 0]))
     return generator.permutation(n)

@@ -34,13 +34,14 @@ from solotune.errors import ConfigError, TrainingError
 from solotune.methods import LOSS_NAMES
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
-from solotune.rollout.settings import SamplingSettings, sweep
+from solotune.rollout.settings import sweep
 from solotune.trainers import checkpoint
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import PromptOrder, minibatches
 from solotune.trainers.ppo_round import Credit, Round
 from solotune.trainers.registry import register_trainer
 from solotune.trainers.rollout_log import RolloutLog
+from solotune.trainers.sampling import room_for_prompts
 
 log = logging.getLogger("solotune")
 
@@ -48,16 +49,6 @@ log = logging.getLogger("solotune")
 def overrides(method: PPOConfig, name: str) -> bool:
     """Whether a user's own method config has another function of this name than `PPOConfig`."""
     return getattr(type(method), name) is not getattr(PPOConfig, name)
-
-
-def room_for_prompts(config: TRLConfig) -> int:
-    """Tokens a prompt may have: `train.seq_length` less the longest response of rollouts and evaluations."""
-    method: Any = config.method
-    settings = [setting.gen_kwargs for setting in sweep(method.gen_kwargs)]
-    if method.gen_experience_kwargs is not None:
-        settings.append(method.gen_experience_kwargs)
-    longest = max(SamplingSettings.from_gen_kwargs(kwargs, None).max_new_tokens for kwargs in settings)
-    return config.train.seq_length - longest
 
 
 @register_trainer("AcceleratePPOTrainer")
@@ -93,7 +84,6 @@ class PPOTrainer(Trainer):
         self.moments = RunningMoments(self.sum_over_processes)
         self.ref_std = method.ref_std
         self._told_surplus = False
-        self.skipped_in_a_row = 0
         self.round: Round | None = None  # the one that is being learned from
         if self.rollout_settings.is_biased:
             self.say(
@@ -243,7 +233,7 @@ class PPOTrainer(Trainer):
         )
         means = self.sum_over_processes(torch.stack(steps).double()) / self.accelerator.num_processes
         taken = means[:, -1].isfinite()
-        self._count_skipped(taken.tolist(), this.rollouts)
+        self.stepper.count(taken.tolist(), partial(self.keep_failure, this.rollouts))
         averages = dict(zip(names, means[taken].mean(0).tolist(), strict=True))
         skipped = float(len(taken) - int(taken.sum()))
         return {**averages, "policy/lr": float(self.scheduler.get_last_lr()[0]), "policy/skipped_steps": skipped}
@@ -255,55 +245,14 @@ class PPOTrainer(Trainer):
         approx_kl = self.sum_over_processes(torch.stack(steps)[:, 2].mean()) / self.accelerator.num_processes
         return float(approx_kl) > self.method.target_kl
 
-    def _count_skipped(self, taken: list[bool], rollouts: Rollouts) -> None:
-        """Steps in a row, over rounds, whose gradient was not finite; after too many the run is stopped.
-
-        Raises:
-            TrainingError: `train.max_skipped_steps` of them; statistics and the round's rollouts are in files.
-        """
-        most = 0
-        for was_taken in taken:
-            self.skipped_in_a_row = 0 if was_taken else self.skipped_in_a_row + 1
-            most = max(most, self.skipped_in_a_row)
-        if not all(taken):
-            log.warning("%d steps were left out: their gradient was not finite", len(taken) - sum(taken))
-        if most < self.config.train.max_skipped_steps:
-            return
-        where = ""
-        if self.run is not None:
-            where = f"; statistics and the round's rollouts are in {self.run.save_failure(self.model, rollouts)}"
-        raise TrainingError(
-            f"the gradient of {most} steps in a row was not finite (train.max_skipped_steps = "
-            f"{self.config.train.max_skipped_steps}){where}. Lower optimizer.kwargs.lr or look at the rewards; "
-            "--resume goes on from the last checkpoint"
-        )
-
     def optimizer_step(self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor) -> Tensor:
         """One step on the given rollouts; the gradient does not depend on how they are cut into micro-batches.
 
         Returns the losses and statistics in the order of `update`, and the gradient's norm, (7,).
         """
         totals = self.in_memory(partial(self._accumulate, rollouts, measured, credit, rows))
-        limit = self.config.train.max_grad_norm
-        norm = torch.as_tensor(
-            self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
-        )
-        totals[6] = norm
-        self._step_if_finite(norm)
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        totals[6] = self.stepper.step()
         return totals
-
-    def _step_if_finite(self, norm: Tensor) -> None:
-        """Leave the parameters and the optimizer as they are where the gradient is not finite."""
-        inner = self.optimizer.optimizer
-        if self.device.type == "cuda" and inner.defaults.get("fused"):
-            inner.found_inf = (
-                ~norm.isfinite()
-            ).float()  # fused optimizers look at it themselves: the host need not wait
-            self.optimizer.step()
-        elif bool(norm.isfinite()):
-            self.optimizer.step()
 
     def _accumulate(
         self, rollouts: Rollouts, measured: Measured, credit: Credit, rows: Tensor, micro_batch: int
@@ -420,8 +369,7 @@ class PPOTrainer(Trainer):
     def state(self) -> dict[str, Any]:
         own: dict[str, Any] = {"kl_controller": self.kl_controller.state_dict(), "moments": self.moments.state_dict()}
         unfinished = None if self.round is None else self.round.numbers()
-        own |= {"ref_std": self.ref_std, "skipped_in_a_row": self.skipped_in_a_row, "unfinished": unfinished}
-        return {**super().state(), **own}
+        return {**super().state(), **own, "ref_std": self.ref_std, "unfinished": unfinished}
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {} if self.round is None else self.round.tensors()
@@ -431,6 +379,5 @@ class PPOTrainer(Trainer):
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
         self.ref_std = None if state["ref_std"] is None else float(state["ref_std"])
-        self.skipped_in_a_row = int(state["skipped_in_a_row"])
         if state["unfinished"] is not None:
             self.round = Round.restored(state["unfinished"], state["tensors"], self.device)

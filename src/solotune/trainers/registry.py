@@ -10,7 +10,7 @@ from solotune.validation import nearest, shown
 
 _TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
 _PIPELINES: dict[str, tuple[str, type]] = {}
-NOT_YET = ("AccelerateILQLTrainer", "AccelerateSFTTrainer", "AccelerateRFTTrainer")
+NOT_YET = ("AccelerateILQLTrainer", "AccelerateSFTTrainer")
 NEMO = ("NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer")
 
 
@@ -51,7 +51,8 @@ def get_trainer(name: str) -> Callable[..., Any]:
         NotYetError: trlX had it, and it is not there yet.
         ConfigError: nobody registered it; names those that are known.
     """
-    import solotune.trainers.ppo  # noqa: F401  registers itself
+    import solotune.trainers.ppo
+    import solotune.trainers.rft  # noqa: F401  they register themselves
 
     if name.lower() in _TRAINERS:
         return _TRAINERS[name.lower()][1]

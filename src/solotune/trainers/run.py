@@ -16,7 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, TRLConfig, default_ppo_config
+from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, RFTConfig, TRLConfig, default_ppo_config
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
 from solotune.errors import ConfigError, NotYetError, SolotuneError
 from solotune.files import named
@@ -27,12 +27,13 @@ from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
 from solotune.trainers import checkpoint, tracking
+from solotune.trainers.base import Trainer
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, say, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
-from solotune.trainers.ppo import PPOTrainer, room_for_prompts
 from solotune.trainers.registry import get_pipeline, get_trainer
 from solotune.trainers.run_folder import RunFolder
+from solotune.trainers.sampling import room_for_prompts
 
 log = logging.getLogger("solotune")
 
@@ -45,11 +46,11 @@ def run_recipe(
     resume: bool = False,
     started: float | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
-) -> PPOTrainer:
+) -> Trainer:
     """Train what a recipe says and leave a run folder.
 
     Args:
-        recipe: a PPO recipe.
+        recipe: of PPO or RFT.
         out: the run's folder; an existing run there is moved aside unless it is resumed.
         resume: continue from the newest checkpoint in `out`.
         started: `time.perf_counter()` when the command began, default now.
@@ -106,7 +107,7 @@ def train(
     config: TRLConfig | None = None,
     stop_sequences: Sequence[str] = (),
     on_error: OnError | None = None,
-) -> PPOTrainer:
+) -> Trainer:
     """Tune a model with a reward function (trlX's `train`).
 
     Args:
@@ -184,14 +185,14 @@ def _run(
     stop_sequences: Sequence[str] = (),
     on_round: Callable[[dict[str, Any]], None] | None = None,
     on_error: OnError | None = None,
-) -> PPOTrainer:
+) -> Trainer:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form is named, and runs
     main = accelerator.is_main_process
     start_from = _checkpoint_to_resume(config, out) if resume else None
     set_seed(config.train.seed)
-    trainer = get_trainer(config.train.trainer)(
+    trainer = get_trainer(_trainer_name(config))(
         config=config,
         reward_fn=reward_fn,
         prompts=prompts,
@@ -232,7 +233,7 @@ def _run(
     return trainer
 
 
-def finish(trainer: PPOTrainer, run: RunFolder) -> None:
+def finish(trainer: Trainer, run: RunFolder) -> None:
     """Save the tuned model, the summary and the page, and print the before/after table."""
     accelerator, clock = trainer.accelerator, trainer.clock
     accelerator.wait_for_everyone()
@@ -278,19 +279,27 @@ def finish(trainer: PPOTrainer, run: RunFolder) -> None:
 
 
 def _supported(config: TRLConfig) -> None:
-    if not isinstance(config.method, PPOConfig):
-        raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed is 'PPOConfig'")
-    if config.train.trainer_kwargs and get_trainer(config.train.trainer) is PPOTrainer:
+    if not isinstance(config.method, PPOConfig | RFTConfig):
+        raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed are PPO and RFT")
+    trainer: Any = get_trainer(_trainer_name(config))
+    if config.train.trainer_kwargs and trainer.__module__.startswith("solotune."):
         names = ", ".join(config.train.trainer_kwargs)
         raise ConfigError(f"train.trainer_kwargs: {config.train.trainer!r} takes none; remove {names}")
-    get_trainer(config.train.trainer)
     get_pipeline(config.train.pipeline)
     ignored = {
         "tokenizer.padding_side": config.tokenizer.padding_side != "left",
-        "method.ref_mean": config.method.ref_mean is not None,
+        "method.ref_mean": getattr(config.method, "ref_mean", None) is not None,
     }
     if names := [name for name, is_set in ignored.items() if is_set]:
         log.warning("without effect here: %s", ", ".join(names))
+
+
+def _trainer_name(config: TRLConfig) -> str:
+    """`train.trainer`, or that of the method where the setting was left at its default."""
+    own = {RFTConfig: "AccelerateRFTTrainer"}
+    if config.train.trainer.lower() != "AcceleratePPOTrainer".lower():
+        return config.train.trainer
+    return next((name for cls, name in own.items() if isinstance(config.method, cls)), config.train.trainer)
 
 
 def _accelerator(config: TRLConfig, out: Path) -> Accelerator:

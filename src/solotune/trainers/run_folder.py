@@ -125,9 +125,9 @@ class RunFolder:
         with named(self.path / name), whole_folder(self.path / name) as aside:
             yield aside
 
-    def save_failure(self, model: nn.Module, rollouts: Rollouts) -> Path:
+    def save_failure(self, model: nn.Module, rollouts: Rollouts | None = None) -> Path:
         """Statistics of the trained tensors (norm, largest number, share that is finite) as JSON, and a round's
-        rollouts as safetensors beside it; returns the folder."""
+        rollouts, where it had any, as safetensors beside it; returns the folder."""
         folder = self.path / "failure"
         if self._writes:
             folder.mkdir(exist_ok=True)
@@ -141,8 +141,9 @@ class RunFolder:
                 for name, p in trained.items()
             }
             self.write_json("failure/tensors.json", statistics)
-            tensors = {name: x.cpu().contiguous() for name, x in rollouts._asdict().items() if x is not None}
-            save_file(tensors, folder / "rollouts.safetensors")
+            if rollouts is not None:
+                tensors = {name: x.cpu().contiguous() for name, x in rollouts._asdict().items() if x is not None}
+                save_file(tensors, folder / "rollouts.safetensors")
         return folder
 
     def cut_after(self, round_index: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +15,11 @@ from solotune.data.prompts import Prompts
 from solotune.errors import RewardError
 from solotune.rollout.draw import row_uniforms
 from solotune.rollout.records import FinishReason, Rollouts, concatenate
-from solotune.rollout.settings import SamplingSettings
+from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers.order import Stream
+
+if TYPE_CHECKING:
+    from solotune.config import TRLConfig
 
 log = logging.getLogger("solotune")
 
@@ -39,6 +42,16 @@ def has_room(trunk_bytes: float, device: torch.device) -> bool:
         return True
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return trunk_bytes <= (torch.cuda.mem_get_info(device)[0] + unused) / 4
+
+
+def room_for_prompts(config: TRLConfig) -> int:
+    """Tokens a prompt may have: `train.seq_length` less the longest response of rollouts and evaluations."""
+    method: Any = config.method
+    settings = [setting.gen_kwargs for setting in sweep(method.gen_kwargs)]
+    if getattr(method, "gen_experience_kwargs", None) is not None:
+        settings.append(method.gen_experience_kwargs)
+    longest = max(SamplingSettings.from_gen_kwargs(kwargs, None).max_new_tokens for kwargs in settings)
+    return config.train.seq_length - longest
 
 
 def on_main(accelerator: Accelerator, function: Callable[[Texts], list[Any]], own: Texts) -> list[Any]:

@@ -36,6 +36,7 @@ class SavedState(BaseModel):
     data_order: dict[str, int]
     rollout_tokens: float
     seconds_by_phase: dict[str, float]
+    skipped_in_a_row: Count
     untold: Untold | None
 
 

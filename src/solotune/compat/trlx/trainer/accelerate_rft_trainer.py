@@ -1,8 +1,11 @@
-"""The RFT trainer; the method is not there yet."""
+"""The RFT trainer, to be subclassed as in trlX, and its method's settings."""
 
-from solotune.compat.shims import absent
+from solotune.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from solotune.config import RFTConfig
+from solotune.trainers.rft import RFTTrainer
 
 __all__ = ["AccelerateRFTTrainer", "RFTConfig"]
 
-AccelerateRFTTrainer = absent("AccelerateRFTTrainer", "RFT is not there yet")
+
+class AccelerateRFTTrainer(RFTTrainer, AccelerateRLTrainer):
+    """This project's RFT trainer."""

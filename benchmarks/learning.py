@@ -1,0 +1,227 @@
+"""Does each method learn? Random walks (`walks.py`), a known optimum, seeds that nothing was tuned on.
+
+    python benchmarks/learning.py                                   # every method, seeds 0 to 2, into docs/
+    python benchmarks/learning.py --methods ppo --seeds 10 11 12    # only what is asked for
+    make learn                                                      # the first of these
+
+Every run is a process of its own with the threads that `OMP_NUM_THREADS` grants, so its time is what a person would
+wait. Results go to `<out>/learning.json`, joined with what is there for other methods, and curves to
+`<out>/learning-<method>.png`. The command fails where a run misses what `METHODS` promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder's parent is not on it
+
+from benchmarks.walks import MAX_NEW_TOKENS, OPTIMUM, Walks, make_walks, pretrained
+
+EVALUATION_REPEATS = 10
+"""Samples a start node; 200 an evaluation."""
+
+
+class Result(NamedTuple):
+    """What one run learned.
+
+    Args:
+        method, seed: which run; the seed is that of the graph, the walks, the model and the training.
+        data_mean: mean reward of the data, every start counted alike.
+        before, after: mean reward of 200 sampled responses, ten a start.
+        steps: optimizer steps. episodes: responses sampled for training.
+        seconds: of the training itself, evaluations included; the pretraining on the walks is not.
+        curve: (optimizer steps, mean reward of an evaluation).
+    """
+
+    method: str
+    seed: int
+    data_mean: float
+    before: float
+    after: float
+    steps: int
+    episodes: int
+    seconds: float
+    curve: list[tuple[int, float]]
+
+
+class Method(NamedTuple):
+    """A method and what it promises.
+
+    Args:
+        learn: trains on a seed with files in a folder, and returns the result.
+        bar: share of the optimum that the last evaluation reaches at least.
+        title: of its curve.
+    """
+
+    learn: Callable[[int, Path], Result]
+    bar: float
+    title: str
+
+
+def learn_ppo(seed: int, folder: Path, rounds: int = 40, **model: Any) -> Result:
+    """Rounds of 72 walks, each learned from in 4 steps: fresh samples do more for this task than passes over old ones.
+
+    The learning rate falls over the run; the critic's weight is small, because it shares all layers with the policy.
+    """
+    walks = make_walks(seed)
+    method = {
+        "name": "PPOConfig", "num_rollouts": 72, "chunk_size": 72, "ppo_epochs": 2, "init_kl_coef": 0.0, "vf_coef": 0.1,
+        "gen_kwargs": {"max_new_tokens": MAX_NEW_TOKENS},
+    }  # fmt: skip
+    sections = {
+        "method": method,
+        "train": {"batch_size": 36, "epochs": rounds, "total_steps": 4 * rounds, "eval_interval": 20},
+        "scheduler": {
+            "name": "linear",
+            "kwargs": {"start_factor": 1.0, "end_factor": 0.1, "total_iters": 4 * rounds},
+        },
+    }
+    trainer, seconds = tune(walks, folder, sections, pretrained(walks, **model))
+    return result_of("ppo", walks, trainer, seconds, trainer.rounds_done * 72)
+
+
+def learn_rft(seed: int, folder: Path, rounds: int = 10, **model: Any) -> Result:
+    """Rounds of 32 walks a start, 4 passes over the best of them: the defaults of `RFTConfig`."""
+    walks = make_walks(seed)
+    method = {"name": "RFTConfig", "gen_kwargs": {"max_new_tokens": MAX_NEW_TOKENS}}
+    sections = {"method": method, "train": {"epochs": 4 * rounds, "eval_interval": 1}}
+    trainer, seconds = tune(walks, folder, sections, pretrained(walks, **model))
+    episodes = trainer.rounds_done * trainer.method.n_generations_per_prompt * len(walks.prompts)
+    return result_of("rft", walks, trainer, seconds, episodes)
+
+
+def tune(walks: Walks, folder: Path, sections: dict[str, Any], model: Path) -> tuple[Any, float]:
+    """`solotune.train` on the walks from a pretrained model; the trainer, and the seconds of its training.
+
+    Args:
+        sections: what differs from the settings here, section by section; `method` with its name.
+    """
+    import solotune
+    from solotune.config import TRLConfig
+
+    defaults: dict[str, Any] = {
+        "model": {"model_path": str(model), "num_layers_unfrozen": -1},
+        "tokenizer": {"tokenizer_path": str(model)},
+        "optimizer": {"name": "adamw", "kwargs": {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 1e-6}},
+        "scheduler": {"name": "constant"},
+        "train": {
+            "total_steps": 1000, "seq_length": 16, "epochs": 100, "batch_size": 64, "eval_interval": 16,
+            "checkpoint_interval": 10**6, "save_best": False, "seed": walks.seed, "checkpoint_dir": str(folder),
+            "run_name": "run",
+        },
+    }  # fmt: skip
+    given = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {**defaults, **sections}}
+    config = TRLConfig.from_dict(given)
+    started = time.perf_counter()
+    trainer = solotune.train(
+        reward_fn=walks.reward_fn,
+        prompts=walks.prompts,
+        eval_prompts=[prompt for prompt in walks.prompts for _ in range(EVALUATION_REPEATS)],
+        metric_fn=walks.metric_fn,
+        config=config,
+    )
+    return trainer, time.perf_counter() - started
+
+
+def result_of(method: str, walks: Walks, trainer: Any, seconds: float, episodes: int) -> Result:
+    """The result of a finished run, from its own files."""
+    from solotune.trainers.run_folder import read_lines
+
+    rewards: dict[int, list[float]] = {}
+    for sample in read_lines(trainer.run.samples):
+        rewards.setdefault(sample["step"], []).append(sample["reward"])
+    curve = [(step, sum(values) / len(values)) for step, values in rewards.items()]
+    return Result(
+        method, walks.seed, walks.data_mean, curve[0][1], curve[-1][1], trainer.steps_done, episodes, seconds, curve
+    )
+
+
+METHODS = {
+    "ppo": Method(learn_ppo, 0.95, "PPO: 40 rounds of 72 walks, 4 steps a round"),
+    "rft": Method(learn_rft, 0.9, "RFT: 10 rounds of 640 walks, 4 passes over the best"),
+}
+
+
+def run_alone(method: str, seed: int) -> Result:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--one", method, str(seed)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return Result(**json.loads(finished.stdout.splitlines()[-1]))
+
+
+def draw(results: list[Result], method: Method, path: Path) -> None:
+    """The curves of a method's seeds, with the data's mean of each as a dotted line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from solotune.report.curves import SEED_COLOURS, STYLE
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(method.bar * OPTIMUM, color="#6b7280", linewidth=1, linestyle="--", label=f"bar: {method.bar:g}")
+        for result, colour in zip(results, SEED_COLOURS * len(results), strict=False):
+            axes.plot(*zip(*result.curve, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1.6,
+                      label=f"seed {result.seed}: {result.after:.3f}")  # fmt: skip
+            axes.axhline(result.data_mean, color=colour, linewidth=1, linestyle=":")
+        axes.plot([], [], color="#6b7280", linewidth=1, linestyle=":", label="mean of the data")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylabel("optimality of 200 samples")
+        axes.set_title(method.title, loc="left", fontsize=10)
+        axes.legend(loc="lower right")
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def write(results: list[Result], out: Path) -> None:
+    """Results and curves of the methods that were run; those of others stay."""
+    path = out / "learning.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name in {result.method for result in results}:
+        own = [result for result in results if result.method == name]
+        known[name] = [{**r._asdict(), "curve": [[s, round(v, 4)] for s, v in r.curve]} for r in own]
+        draw(own, METHODS[name], out / f"learning-{name}.png")
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=sorted(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="where results and curves go; nothing is written without it")
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"), help="one run in this process, as a JSON line")
+    options = parser.parse_args()
+    if options.one:
+        name, seed = options.one
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(METHODS[name].learn(int(seed), Path(folder))._asdict()))
+        return 0
+    results, missed = [], 0
+    for name in options.methods:
+        for seed in options.seeds:
+            result = run_alone(name, seed)
+            results.append(result)
+            missed += (is_low := result.after < METHODS[name].bar * OPTIMUM)
+            print(
+                f"{name} seed {seed}: {result.before:.3f} -> {result.after:.3f} (data {result.data_mean:.3f}), "
+                f"{result.steps} steps, {result.episodes} episodes, {result.seconds:.0f} s"
+                + (f"  BELOW {METHODS[name].bar}" if is_low else ""),
+                flush=True,
+            )
+    if options.out is not None:
+        write(results, options.out)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
