@@ -99,11 +99,37 @@ def learn_rft(seed: int, folder: Path, rounds: int = 10, **model: Any) -> Result
     return result_of("rft", walks, trainer, seconds, episodes)
 
 
-def tune(walks: Walks, folder: Path, sections: dict[str, Any], model: Path) -> tuple[Any, float]:
+def learn_ilql(seed: int, folder: Path) -> Result:
+    """240 steps on the walks; decoded at beta 100, and at beta 0, where it stays what the walks are."""
+    method = {
+        "name": "ILQLConfig", "tau": 0.8, "gamma": 0.99, "cql_scale": 0.1, "awac_scale": 1.0, "alpha": 0.1, "beta": 0.0,
+        "steps_for_target_q_sync": 5, "two_qs": True,
+        "gen_kwargs": {"max_new_tokens": MAX_NEW_TOKENS, "top_k": 10, "beta": [100, 0]},
+    }  # fmt: skip
+    train = {"batch_size": 100, "epochs": 24, "total_steps": 240, "eval_interval": 40}
+    walks = make_walks(seed)
+    data = {"samples": walks.pairs, "rewards": walks.rewards}
+    sections = {"method": method, "train": train, "optimizer": {"kwargs": {"lr": 1e-3, "betas": [0.9, 0.95]}}}
+    trainer, seconds = tune(walks, folder, sections, pretrained(walks), data)
+    result = result_of("ilql", walks, trainer, seconds, 0, "beta=100.0")
+    plain = result_of("ilql", walks, trainer, seconds, 0, "beta=0.0").after
+    print(f"decoded at beta 0: {plain:.3f}", file=sys.stderr, flush=True)
+    if result.after < plain + 0.3 or abs(plain - walks.data_mean) > 0.15:
+        raise SystemExit(
+            f"ilql seed {seed}: {result.after:.3f} at beta 100, {plain:.3f} at beta 0, data {walks.data_mean:.3f}: the "
+            "first has to be above the second by 0.3, which has to be within 0.15 of the third"
+        )
+    return result
+
+
+def tune(
+    walks: Walks, folder: Path, sections: dict[str, Any], model: Path, data: dict[str, Any] | None = None
+) -> tuple[Any, float]:
     """`solotune.train` on the walks from a pretrained model; the trainer, and the seconds of its training.
 
     Args:
         sections: what differs from the settings here, section by section; `method` with its name.
+        data: what is learned from; default the walks' prompts.
     """
     import solotune
     from solotune.config import TRLConfig
@@ -124,7 +150,7 @@ def tune(walks: Walks, folder: Path, sections: dict[str, Any], model: Path) -> t
     started = time.perf_counter()
     trainer = solotune.train(
         reward_fn=walks.reward_fn,
-        prompts=walks.prompts,
+        **(data or {"prompts": walks.prompts}),
         eval_prompts=[prompt for prompt in walks.prompts for _ in range(EVALUATION_REPEATS)],
         metric_fn=walks.metric_fn,
         config=config,
@@ -132,12 +158,16 @@ def tune(walks: Walks, folder: Path, sections: dict[str, Any], model: Path) -> t
     return trainer, time.perf_counter() - started
 
 
-def result_of(method: str, walks: Walks, trainer: Any, seconds: float, episodes: int) -> Result:
-    """The result of a finished run, from its own files."""
+def result_of(
+    method: str, walks: Walks, trainer: Any, seconds: float, episodes: int, setting: str | None = None
+) -> Result:
+    """The result of a finished run, from its own files; of a generation sweep, at one of its settings."""
     from solotune.trainers.run_folder import read_lines
 
     rewards: dict[int, list[float]] = {}
     for sample in read_lines(trainer.run.samples):
+        if sample.get("setting") != setting:
+            continue
         rewards.setdefault(sample["step"], []).append(sample["reward"])
     curve = [(step, sum(values) / len(values)) for step, values in rewards.items()]
     return Result(
@@ -146,6 +176,7 @@ def result_of(method: str, walks: Walks, trainer: Any, seconds: float, episodes:
 
 
 METHODS = {
+    "ilql": Method(learn_ilql, 0.8, "ILQL: 240 steps on 1,000 walks, decoded at beta 100"),
     "ppo": Method(learn_ppo, 0.95, "PPO: 40 rounds of 72 walks, 4 steps a round"),
     "rft": Method(learn_rft, 0.9, "RFT: 10 rounds of 640 walks, 4 passes over the best"),
 }

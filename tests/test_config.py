@@ -434,7 +434,7 @@ def test_steps_are_counted_as_in_trlx(total, epochs, rounds, steps, ended_by):
 
 def test_steps_are_counted_for_ppo_only():
     config = default_ppo_config().evolve(method=SFTConfig())
-    with pytest.raises(ConfigError, match="PPOConfig only"):
+    with pytest.raises(ConfigError, match="PPOConfig and RFTConfig only"):
         describe_steps(config)
 
 

@@ -130,7 +130,7 @@ def test_a_section_that_is_missing_or_unknown_is_named(file):
     assert str(caught.value).startswith(f"{file}:")
 
 
-@pytest.mark.parametrize("prompts", ["", 3, None, ["a", 3], {"prompt": "a"}])
+@pytest.mark.parametrize("prompts", ["", 3, ["a", 3], {"prompt": "a"}])
 def test_prompts_of_another_kind_are_refused(prompts):
     with pytest.raises(ConfigError, match=r"data\.prompts = .*must be"):
         DataConfig(prompts)

@@ -130,3 +130,27 @@ def tiny_ppo_config(folder: Path, **sections: dict) -> TRLConfig:
     )
     assert isinstance(config.method, PPOConfig)
     return config.evolve(**sections) if sections else config
+
+
+def tiny_offline_config(folder: Path, kind: str, **sections: dict) -> TRLConfig:
+    """SFT or ILQL in milliseconds: the last two blocks, batches of 4, at most 12 steps."""
+    from solotune.config import default_ilql_config, default_sft_config
+
+    config = (default_sft_config() if kind == "sft" else default_ilql_config()).evolve(
+        train={
+            "seq_length": 32,
+            "batch_size": 4,
+            "epochs": 100,
+            "total_steps": 12,
+            "eval_interval": 6,
+            "checkpoint_interval": 4,
+            "checkpoint_dir": str(folder.parent / "runs"),
+            "run_name": "tiny",
+            "seed": 7,
+        },
+        model={"model_path": str(folder), "num_layers_unfrozen": 2},
+        tokenizer={"tokenizer_path": str(folder)},
+        optimizer={"kwargs": {"lr": 3e-3}},
+        method={"gen_kwargs": {"max_new_tokens": 6}},
+    )
+    return config.evolve(**sections) if sections else config

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         TokenizerConfig,
         TrainConfig,
         TRLConfig,
+        default_ilql_config,
         default_ppo_config,
+        default_sft_config,
     )
     from solotune.trainers.run import train
 
@@ -50,7 +52,9 @@ __all__ = [
     "TRLConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "default_ilql_config",
     "default_ppo_config",
+    "default_sft_config",
     "train",
 ]
 

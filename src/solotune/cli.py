@@ -109,7 +109,8 @@ def train(
 @app.command()
 def reward(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Train the reward model of a recipe (its reward.training section) and report how often it agrees with people."""
-    settings = load_recipe(recipe, overrides).reward.training
+    section = load_recipe(recipe, overrides).reward
+    settings = None if section is None else section.training
     if settings is None:
         raise ConfigError(f"{recipe}: reward.training is not given, so there is no reward model to train")
     from solotune.rewards.training import train_reward_model

@@ -71,7 +71,9 @@ __all__ = [
     "TRLConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "default_ilql_config",
     "default_ppo_config",
+    "default_sft_config",
     "describe_steps",
     "get_method",
     "register_method",
@@ -255,17 +257,22 @@ def _remainder_problems(config: TRLConfig) -> Iterable[str]:
 
 @dataclass(config=STRICT)
 class Recipe(Section):
-    """A configuration, the prompts and the reward: everything that `solotune train` needs."""
+    """A configuration, the data and the reward: everything that `solotune train` needs.
+
+    What learns from given samples (SFT, ILQL) needs no reward; where one is given, it scores the evaluations.
+    """
 
     config: TRLConfig
     data: DataConfig
-    reward: RewardConfig
+    reward: RewardConfig | None = None
 
     def check(self) -> None:
-        """Raises ConfigError where a setting holds a secret."""
+        """Raises ConfigError where the method lacks its data or its reward, or a setting holds a secret."""
+        problems = list(_data_problems(self.config.method, self.data, self.reward))
         written_out = ("prompts", "eval_prompts", "prompt_template", "stop_sequences")  # texts, not names of sources
         data = {k: v for k, v in field_values(self.data).items() if isinstance(v, str) or k not in written_out}
-        if problems := list(secrets_in({"data": data, "reward": field_values(self.reward)})):
+        reward = {} if self.reward is None else field_values(self.reward)
+        if problems := [*problems, *secrets_in({"data": data, "reward": reward})]:
             raise ConfigError("\n".join(problems))
 
     @classmethod
@@ -278,9 +285,10 @@ class Recipe(Section):
         given = dict(own_copy(recipe)) if isinstance(recipe, Mapping) else recipe
         if isinstance(given, dict):
             given.pop("versions", None)
-        built = _build_sections(given, _SECTIONS | _RECIPE_SECTIONS)
+        optional = {"reward"} if isinstance(given, dict) and _is_offline(given.get("method")) else set()
+        built = _build_sections(given, _SECTIONS | _RECIPE_SECTIONS, optional)
         config = TRLConfig(**{name: built[name] for name in _SECTIONS})
-        return cls(config, built["data"], built["reward"])
+        return cls(config, built["data"], built.get("reward"))
 
     @classmethod
     def load_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "Recipe":
@@ -297,13 +305,35 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Sections as dicts, all of them copies: those of the config, then data and reward."""
-        return {**self.config.to_dict(), "data": field_values(self.data), "reward": field_values(self.reward)}
+        reward = {} if self.reward is None else {"reward": field_values(self.reward)}
+        return {**self.config.to_dict(), "data": field_values(self.data), **reward}
 
     def save_yaml(self, path: str | os.PathLike[str], versions: Mapping[str, str] | None = None) -> None:
         """Writes what `load_yaml` reads back as an equal recipe; `versions` (package: version) go along."""
         values = _writable(self.to_dict())
         with open(path, "w", encoding="utf-8") as file:
             file.write(to_yaml({**values, "versions": dict(versions)} if versions else values))
+
+
+def _is_offline(method: Any) -> bool:
+    """Whether a method section, an object or a mapping with the method's name, learns from given samples."""
+    if isinstance(method, Mapping):
+        try:
+            return issubclass(get_method(str(method.get("name"))), SFTConfig | ILQLConfig)
+        except ConfigError:
+            return False
+    return isinstance(method, SFTConfig | ILQLConfig)
+
+
+def _data_problems(method: MethodConfig, data: DataConfig, reward: RewardConfig | None) -> Iterable[str]:
+    if not _is_offline(method):
+        if data.prompts is None:
+            yield f"data.prompts is missing: {method.name} continues prompts"
+        if reward is None:
+            yield f"section reward is missing: {method.name} learns from rewards of what it samples"
+        return
+    if data.samples is None:
+        yield f"data.samples is missing: {method.name} learns from given samples"
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -319,7 +349,7 @@ def parse_override(text: str) -> dict[str, Any]:
     return {name: parse_yaml(value, f"the value of {text!r}")}
 
 
-def _build_sections(values: Any, sections: Mapping[str, type]) -> dict[str, Any]:
+def _build_sections(values: Any, sections: Mapping[str, type], optional: Iterable[str] = ()) -> dict[str, Any]:
     """One object a section; the problems of all sections are collected."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"a configuration must be a mapping of {', '.join(sections)}, not {type(values).__name__}")
@@ -329,6 +359,8 @@ def _build_sections(values: Any, sections: Mapping[str, type]) -> dict[str, Any]
             settings = [] if isinstance(values[name], Mapping) else _dotted_names(values, sections)
             problems.append(f"unknown section {name}: {nearest(str(name), [*sections, *settings])}")
     for name, cls in sections.items():
+        if values.get(name) is None and name in optional:
+            continue
         if name not in values:
             problems.append(f"section {name} is missing")
             continue
@@ -382,22 +414,45 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
 
 
-# ---- PPO's defaults and step accounting ---------------------------------------------------------------------------
+# ---- trlX's defaults, and PPO's step accounting -------------------------------------------------------------------
 
 
 def default_ppo_config() -> TRLConfig:
     """trlX's defaults: GPT-2 that knows film reviews, its last two blocks trained."""
+    train = TrainConfig(
+        total_steps=10000, seq_length=1024, epochs=100, batch_size=32, checkpoint_interval=10000, eval_interval=100
+    )
+    return _defaults(PPOConfig(), ModelConfig(model_path="lvwerra/gpt2-imdb", num_layers_unfrozen=2), 3e-5, train)
+
+
+def default_ilql_config() -> TRLConfig:
+    """trlX's defaults: GPT-2, everything trained, by implicit language Q-learning."""
+    train = TrainConfig(
+        total_steps=1000, seq_length=64, epochs=100, batch_size=128, checkpoint_interval=1000, eval_interval=100,
+        trainer="AccelerateILQLTrainer",
+    )  # fmt: skip
+    return _defaults(ILQLConfig(), ModelConfig(model_path="gpt2"), 5e-5, train)
+
+
+def default_sft_config() -> TRLConfig:
+    """trlX's defaults: GPT-2, everything trained, on given samples."""
+    train = TrainConfig(
+        total_steps=1000, seq_length=1024, epochs=100, batch_size=8, checkpoint_interval=10000, eval_interval=100,
+        trainer="AccelerateSFTTrainer",
+    )  # fmt: skip
+    return _defaults(SFTConfig(), ModelConfig(model_path="gpt2"), 1e-4, train)
+
+
+def _defaults(method: MethodConfig, model: ModelConfig, lr: float, train: TrainConfig) -> TRLConfig:
+    """With the optimizer, the (constant) schedule and the tokenizer that all of trlX's defaults have."""
+    adamw = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
     return TRLConfig(
-        method=PPOConfig(),
-        model=ModelConfig(model_path="lvwerra/gpt2-imdb", num_layers_unfrozen=2),
-        optimizer=OptimizerConfig(
-            name="adamw", kwargs={"lr": 3e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
-        ),
-        scheduler=SchedulerConfig(name="cosine_annealing", kwargs={"T_max": 1e12, "eta_min": 3e-5}),
+        method=method,
+        model=model,
+        optimizer=OptimizerConfig(name="adamw", kwargs=adamw),
+        scheduler=SchedulerConfig(name="cosine_annealing", kwargs={"T_max": 1e12, "eta_min": lr}),
         tokenizer=TokenizerConfig(tokenizer_path="gpt2"),
-        train=TrainConfig(
-            total_steps=10000, seq_length=1024, epochs=100, batch_size=32, checkpoint_interval=10000, eval_interval=100
-        ),
+        train=train,
     )
 
 

@@ -1,5 +1,6 @@
 """The settings of each algorithm: trlX's `method` section. `register_method` adds one of your own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, overload
@@ -8,6 +9,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from solotune.errors import ConfigError
+from solotune.rollout.settings import KNOWN
 from solotune.validation import (
     STRICT,
     CountInt,
@@ -82,10 +84,15 @@ _GENERATION = {  # what the own sampler knows: converter, test, what is allowed
     "temperature": (real_number, lambda v: 0 < v < float("inf"), "a number above 0 (for greedy: do_sample false)"),
     "do_sample": (lambda v: v, lambda v: isinstance(v, bool), "true or false"),
 }
+_Q_GENERATION = _GENERATION | {  # of ILQL's decoding
+    "beta": (real_number, math.isfinite, "a number (0: the policy alone)"),
+    "temperature": (real_number, lambda v: 0 <= v < float("inf"), "a number of at least 0 (0: greedy)"),
+}
+_Q_DEFAULTS = {"max_new_tokens": 32, "top_k": 20, "beta": 1.0, "temperature": 1.0}  # of trlX's generate
 
 
-def _generation_value(name: str, value: Any) -> Any:
-    convert, allowed, wording = _GENERATION[name]
+def _generation_value(name: str, value: Any, known: dict[str, Any]) -> Any:
+    convert, allowed, wording = known[name]
     try:
         converted = convert(value)
         fits = allowed(converted)
@@ -96,27 +103,39 @@ def _generation_value(name: str, value: Any) -> Any:
     return converted
 
 
-def _generation(kwargs: Any, lists: bool) -> Any:
+def _generation(kwargs: Any, lists: bool, known: dict[str, Any] = _GENERATION) -> Any:
     """`kwargs` with what the own sampler knows checked and converted; the rest is generate's and stays as it is."""
     if not isinstance(kwargs, dict):
         return kwargs  # FreeDict says what is wrong
     checked = dict(kwargs)
-    for name in _GENERATION.keys() & kwargs.keys():
+    for name in known.keys() & kwargs.keys():
         value = kwargs[name]
         if value is None:  # generate's word for: not set
             continue
         if lists and isinstance(value, list | tuple):
-            checked[name] = [_generation_value(name, item) for item in value]
+            checked[name] = [_generation_value(name, item, known) for item in value]
         else:
-            checked[name] = _generation_value(name, value)
+            checked[name] = _generation_value(name, value, known)
     low, high = checked.get("min_new_tokens"), checked.get("max_new_tokens")
     if isinstance(low, int) and isinstance(high, int) and low > high:
         raise FreeKeyError("min_new_tokens", low, f"must be at most max_new_tokens, which is {high}")
     return checked
 
 
+def _q_generation(kwargs: Any) -> Any:
+    """ILQL's `gen_kwargs`; what is not given is what trlX's `generate` takes then."""
+    checked = _generation(kwargs, lists=True, known=_Q_GENERATION)
+    if not isinstance(checked, dict):
+        return checked
+    for name in checked:
+        if name not in _Q_GENERATION and name not in KNOWN:
+            raise FreeKeyError(name, checked[name], f"is not known to ILQL's decoding; {nearest(name, _Q_GENERATION)}")
+    return {**_Q_DEFAULTS, **{name: value for name, value in checked.items() if value is not None}}
+
+
 GenKwargs = Annotated[FreeDict, BeforeValidator(lambda kwargs: _generation(kwargs, lists=False))]
 # A list stands for a sweep at evaluation, e.g. beta: [0, 1, 100].
+QKwargs = Annotated[FreeDict, BeforeValidator(lambda kwargs: _q_generation(kwargs))]
 SweepKwargs = Annotated[FreeDict, BeforeValidator(lambda kwargs: _generation(kwargs, lists=True))]
 
 
@@ -128,6 +147,8 @@ class MethodConfig(Section):
     """Base of the method configs. `name` is what `get_method` finds the class by."""
 
     SECTION: ClassVar[str] = "method"
+    HEADS: ClassVar[str] = "value"
+    """What is learned beside the language model: a "value" head (and a frozen reference), "q" heads, or "none"."""
 
     name: str
 
@@ -241,7 +262,15 @@ class PPOConfig(MethodConfig):
 @register_method
 @dataclass(config=STRICT)
 class ILQLConfig(MethodConfig):
-    """Implicit language Q-learning; names and defaults are those of trlX's `default_ilql_config`."""
+    """Implicit language Q-learning; names and defaults are those of trlX's `default_ilql_config`.
+
+    tau: expectile of the values. gamma: discount a token. cql_scale, awac_scale: weights of the terms that keep Q and
+    the policy near the data. beta: how much the policy's term favours tokens with an advantage (0: not).
+    steps_for_target_q_sync: optimizer steps after which the target heads move by alpha towards the Q heads.
+    gen_kwargs: `beta` is the weight of the advantage in decoding; temperature 0 takes the most likely token.
+    """
+
+    HEADS: ClassVar[str] = "q"
 
     name: str = "ILQLConfig"
     tau: UnitReal = 0.7
@@ -252,7 +281,7 @@ class ILQLConfig(MethodConfig):
     beta: Real = 0.0
     steps_for_target_q_sync: PositiveInt = 5
     two_qs: Flag = True
-    gen_kwargs: SweepKwargs = field(
+    gen_kwargs: QKwargs = field(
         default_factory=lambda: {"max_new_tokens": 56, "top_k": 20, "beta": 1, "temperature": 1.0}
     )
 
@@ -261,6 +290,8 @@ class ILQLConfig(MethodConfig):
 @dataclass(config=STRICT)
 class SFTConfig(MethodConfig):
     """Supervised fine-tuning; `gen_kwargs` are used at evaluation."""
+
+    HEADS: ClassVar[str] = "none"
 
     name: str = "SFTConfig"
     gen_kwargs: SweepKwargs = field(

@@ -1,4 +1,4 @@
-"""How a run of rejection-sampling fine-tuning counts; PPO's counting is `solotune.config.StepPlan`."""
+"""How runs count that do not count as PPO does (`solotune.config.StepPlan`): RFT by growth, SFT and ILQL by passes."""
 
 from __future__ import annotations
 
@@ -58,3 +58,73 @@ def plan_growth(config: TRLConfig) -> GrowthPlan:
         generations_per_prompt=method.n_generations_per_prompt,
         total_steps=config.train.total_steps,
     )
+
+
+class PassPlan(NamedTuple):
+    """What a run over given samples will do.
+
+    A round is what ends in a line of metrics: at the end of a pass, and wherever an evaluation or a checkpoint is due.
+
+    Args:
+        samples: how many there are, of all processes.
+        steps_per_pass: optimizer steps of a pass over them.
+        total_steps: optimizer steps in all.
+        interval: steps after which each evaluation and each checkpoint is due.
+        ended_by: the setting that ends the run.
+    """
+
+    samples: int
+    steps_per_pass: int
+    total_steps: int
+    interval: tuple[int, int]
+    ended_by: str
+
+    @property
+    def rounds(self) -> int:
+        a, b, c = self.steps_per_pass, *self.interval
+        ends = sum(self.total_steps // n for n in (a, b, c))
+        ends -= sum(self.total_steps // math.lcm(*pair) for pair in ((a, b), (a, c), (b, c)))
+        ends += self.total_steps // math.lcm(a, b, c)
+        return ends + (not self.ends_at_interval(self.total_steps))
+
+    def ends_at_interval(self, step: int) -> bool:
+        return any(step % n == 0 for n in (self.steps_per_pass, *self.interval))
+
+    def ends_round(self, step: int) -> bool:
+        """Whether a round ends after so many steps."""
+        return step == self.total_steps or self.ends_at_interval(step)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether some sample is learned from more than once."""
+        return self.total_steps > self.steps_per_pass
+
+    @property
+    def line(self) -> str:
+        """The plan as the one line that is said before the first round."""
+        passes = self.total_steps / self.steps_per_pass
+        return (
+            f"{self.samples:,} samples, {_counted(self.steps_per_pass, 'optimizer step')} a pass: "
+            f"{_counted(self.total_steps, 'optimizer step')} in all, {passes:.3g} "
+            f"pass{'' if passes == 1 else 'es'}, ended by {self.ended_by}"
+        )
+
+
+def plan_passes(config: TRLConfig, n_samples: int, n_processes: int = 1) -> PassPlan:
+    """The plan of `train.epochs` passes over so many samples, at most `train.total_steps` steps."""
+    train = config.train
+    steps_per_pass = math.ceil(math.ceil(n_samples / n_processes) / train.batch_size)
+    by_epochs = train.epochs * steps_per_pass
+    ended_by = "train.total_steps" if train.total_steps <= by_epochs else "train.epochs"
+    value = train.total_steps if train.total_steps <= by_epochs else train.epochs
+    return PassPlan(
+        n_samples,
+        steps_per_pass,
+        min(train.total_steps, by_epochs),
+        (train.eval_interval, train.checkpoint_interval),
+        f"{ended_by} = {value:,}",
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -46,7 +46,9 @@ class TrainConfig(Section):
     process. checkpoint_interval, eval_interval: in optimizer steps. minibatch_size: samples a forward pass.
     checkpoint_dir: the folder that run folders lie in. max_grad_norm: None for no clipping. max_skipped_steps: steps in
     a row whose gradient is not finite, which are left out, before the run stops. deterministic: on a GPU too, the same
-    settings give the same bits, a little slower (a CPU does so anyway).
+    settings give the same bits, a little slower (a CPU does so anyway). trunk_cache_gb: memory for what the frozen
+    trunk makes of given samples (SFT, ILQL); more than that goes to a memory-mapped file in the run's folder; None
+    computes it anew in every pass. pack: several given samples in a row, no token seeing another sample.
     """
 
     SECTION: ClassVar[str] = "train"
@@ -79,6 +81,8 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     max_skipped_steps: PositiveInt = 3
     deterministic: Flag = False
+    trunk_cache_gb: NonNegativeReal | None = 4.0
+    pack: Flag = True
 
     def check(self) -> None:
         if self.minibatch_size is not None and self.batch_size % self.minibatch_size:
@@ -271,7 +275,22 @@ def _prompts(value: Any) -> Any:
     raise ValueError("must be a list of prompts, a file, a dataset's name, or asset:film-snippets")
 
 
-Prompts = Annotated[list[str | dict[str, Any]] | str, PlainValidator(_prompts)]
+def _samples(value: Any) -> Any:
+    if value is None:
+        return None
+    if hasattr(value, "__fspath__"):
+        value = value.__fspath__()
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            if not isinstance(item, str | list | tuple | Mapping):
+                raise ValueError(f"item {index} is {shown(item)}: must be text, a list of phrases, or a mapping")
+        return own_copy(value)
+    raise ValueError("must be a list of samples, a file, a dataset's name, or asset:film-snippets")
+
+
+OptionalSamples = Annotated[list[Any] | str | None, PlainValidator(_samples)]
 OptionalPrompts = Annotated[
     list[str | dict[str, Any]] | str | None, PlainValidator(lambda v: None if v is None else _prompts(v))
 ]
@@ -279,7 +298,7 @@ OptionalPrompts = Annotated[
 
 @dataclass(config=STRICT)
 class DataConfig(Section):
-    """Where the prompts come from.
+    """Where the prompts, or the samples to learn from, come from.
 
     prompts, eval_prompts: a list of texts or mappings; a .txt .json .jsonl .csv .parquet file; a Hugging Face dataset's
     name; asset:film-snippets. prompt_column: which column is the prompt. prompt_template: a prompt is made of several
@@ -287,11 +306,16 @@ class DataConfig(Section):
     kept, e.g. "\n\nAssistant:". prompt_words: only the first so many words. long_prompts: those that `train.seq_length`
     leaves no room for are an error, or are left out. eval_repeats: each evaluation prompt is sampled so many times.
     stop_sequences: texts that end a response and are cut off it.
+
+    For methods that learn from given samples: samples: a list of texts, of [prompt, output, prompt, output, ...], or of
+    mappings; or a file, a dataset's name or asset:film-snippets as for prompts. sample_column: the column with the
+    text, or with the list of a dialogue; or output_column beside prompt_column. reward_column: the samples' rewards
+    (ILQL). rewards: those of a list of samples. least_reward: samples with less in reward_column are left out.
     """
 
     SECTION: ClassVar[str] = "data"
 
-    prompts: Prompts
+    prompts: OptionalPrompts = None
     prompt_column: str | None = None
     split: str = "train"
     prompt_template: str | None = None
@@ -302,8 +326,20 @@ class DataConfig(Section):
     max_prompts: PositiveInt | None = None
     eval_prompts: OptionalPrompts = None
     eval_repeats: PositiveInt = 1
+    samples: OptionalSamples = None
+    sample_column: str | None = None
+    output_column: str | None = None
+    reward_column: str | None = None
+    rewards: list[Real] | None = None
+    least_reward: Real | None = None
 
     def check(self) -> None:
+        if self.sample_column is not None and self.output_column is not None:
+            raise ConfigError("data.sample_column and data.output_column are both given: keep one of them")
+        if self.rewards is not None and self.reward_column is not None:
+            raise ConfigError("data.rewards and data.reward_column are both given: keep one of them")
+        if self.least_reward is not None and self.reward_column is None:
+            raise ConfigError("data.least_reward needs data.reward_column, whose values it is compared with")
         if self.prompt_template is not None and self.prompt_column is not None:
             raise ConfigError("data.prompt_template and data.prompt_column are both given: keep one of them")
 

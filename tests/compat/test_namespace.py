@@ -65,15 +65,52 @@ def test_every_module_imports_and_keeps_its_own_name():
 
 
 def test_what_is_not_there_yet_says_so_when_it_is_used_and_not_before():
-    from trlx.models.modeling_ilql import ILQLHeads
-    from trlx.trainer.accelerate_ilql_trainer import AccelerateILQLTrainer
+    from trlx.models.modeling_ilql import AutoModelForSeq2SeqLMWithILQLHeads as Absent
 
-    class Mine(AccelerateILQLTrainer):
+    class Mine(Absent):
         pass
 
-    for used in (lambda: ILQLHeads(8, 9), lambda: ILQLHeads.from_pretrained("x"), lambda: Mine(config=None)):
-        with pytest.raises(NotYetError, match="not there yet"):
+    for used in (lambda: Absent(8, 9), lambda: Absent.from_pretrained("x"), lambda: Mine(config=None)):
+        with pytest.raises(NotYetError, match="no ILQL heads yet"):
             used()
+
+
+def test_ilql_heads_and_the_model_with_them(tmp_path):
+    from trlx.models.modeling_ilql import AutoModelForCausalLMWithILQLHeads, ILQLHeads, topk_mask
+
+    heads, hidden = ILQLHeads(8, 11, two_qs=True, alpha=0.5), torch.randn(2, 5, 8)
+    torch.nn.init.normal_(heads.q_heads[0].outer.weight)
+    places = torch.tensor([[0, 2], [1, 4]])
+    qs, targets, values = heads(hidden, states_ixs=places, actions_ixs=places)
+    assert [q.shape for q in (*qs, *targets)] == [(2, 2, 11)] * 4
+    assert values.shape == (2, 2, 1)
+    torch.testing.assert_close(qs[0][1, 0], heads.q_heads[0](hidden[1, 1][None])[0])
+    heads.sync_target_q_heads()
+    torch.testing.assert_close(heads(hidden)[1][0], 0.5 * heads(hidden)[0][0])
+    assert topk_mask(torch.tensor([[3.0, 1.0, 2.0]]), 2).isinf().tolist() == [[False, True, False]]
+
+    model = AutoModelForCausalLMWithILQLHeads.from_pretrained(tiny_lm("gpt2"), two_qs=False)
+    torch.nn.init.normal_(model.ilql_heads.q_heads[0].outer.weight)
+    ids = torch.randint(0, 256, (2, 6))
+    output = model(ids)
+    torch.testing.assert_close(output.logits, model.base_model(input_ids=ids).logits)
+    assert (len(output.qs), output.vs.shape) == (1, (2, 6, 1))
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLMWithILQLHeads.from_pretrained(str(tmp_path / "saved"), two_qs=False)
+    torch.testing.assert_close(again(ids).qs[0], output.qs[0])
+
+
+def test_dialogues_as_trlx_tokenises_and_stores_them():
+    from trlx.pipeline.offline_pipeline import DialogMessage, DialogStore, tokenize_dialogue
+
+    tokenizer = byte_tokenizer()
+    dialogues = [tokenize_dialogue(d, tokenizer, max_length=16) for d in (("ab", "c"), "d")]
+    assert isinstance(dialogues[0][0], DialogMessage)
+    assert [phrase.is_output for phrase in dialogues[0]] == [False, True]
+    (batch,) = DialogStore(dialogues, tokenizer).create_loader(2)
+    learned = batch["labels"] != -100
+    assert (batch["labels"][learned] == batch["input_ids"][learned]).all()
+    assert learned.sum(1).tolist() == [2, 2], "the outputs, each with its EOS"
 
 
 def test_overriding_what_is_never_called_is_an_error():

@@ -148,6 +148,48 @@ def test_dense_rewards_metadata_metrics_stop_strings_a_sweep_and_a_value_branch(
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+OFFLINE_STEPS = {"train.total_steps": 4, "train.eval_interval": 2, "train.batch_size": 8, "train.tracker": None,
+                 "train.seq_length": 48}  # fmt: skip
+
+
+def test_ilql_on_labelled_texts_is_evaluated_at_every_beta(run_script, tmp_path):
+    hparams = {**OFFLINE_STEPS, "method.gen_kwargs": {"max_new_tokens": 6, "top_k": 20, "beta": [0, 4]}}
+    out, err = run_script("ilql_sentiments.py", hparams)
+    assert "sentiments: " in out
+    assert "80 of 160 samples have more than train.seq_length = 48 tokens" in (out + err).replace("\n", " ")
+    run = tmp_path / "ckpts" / "ilql_sentiments"
+    rows = read_lines(run / "samples.jsonl")
+    assert {row["setting"] for row in rows} == {"beta=0.0", "beta=4.0"}
+    assert all(row["reward"] is None for row in rows)
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 4
+    assert (run / "model" / "ilql_heads.safetensors").exists()
+
+
+def test_sft_on_texts_saves_what_transformers_load(run_script, tmp_path):
+    run_script("sft_sentiments.py", {**OFFLINE_STEPS, "method.gen_kwargs": {"max_new_tokens": 6}})
+    summary = json.loads((tmp_path / "ckpts" / "sft_sentiments" / "summary.json").read_text())
+    assert summary["metrics"].keys() == {"sentiments"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "reviews-sft")
+
+
+def test_sft_on_dialogues_with_stop_sequences_and_an_adapter(run_script, tmp_path):
+    out, _ = run_script("sft_dialogue.py")
+    assert "loss fell: 6" in out
+    run = tmp_path / "ckpts" / "dialogue" / "sft_dialogue"
+    rows = read_lines(run / "metrics.jsonl")
+    assert rows[-1]["objective/loss"] < rows[0]["objective/loss"]
+    assert not any("Human:" in row["output"] or "a" in row["output"] for row in read_lines(run / "samples.jsonl"))
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_ilql_from_random_weights_and_the_older_dataset_argument(run_script, tmp_path):
+    out, err = run_script("ilql_random_init.py", {"train.seed": 3})
+    assert "qs: 2" in out
+    assert "deprecated" in out + err
+    settings = {row["setting"] for row in read_lines(tmp_path / "ckpts" / "ilql_random_init" / "samples.jsonl")}
+    assert settings == {"beta=0.0", "beta=1.0", "beta=100.0"}
+
+
 def test_rejection_sampling(run_script, tmp_path):
     """An RFTConfig, a reward function of exactly three names, and the model as transformers load it."""
     out, _ = run_script("rft_sentiments.py", {"train.epochs": 3, "method.n_generations_per_prompt": 6})
@@ -206,7 +248,7 @@ def test_a_method_a_trainer_and_a_pipeline_of_ones_own(run_script, tmp_path):
          ["dying.py\", line 4, in scored", "TypeError", "dying.py\", line 5", "RewardError"],
          ["functions.py", "typer"]),
         ("def f(:\n", ["dying.py\", line 1", "SyntaxError"], ["runpy", "typer"]),
-        ("import trlx\ntrlx.train(samples=['a'], rewards=[1.0])\n", ["ILQL"], []),
+        ("import trlx\ntrlx.train(samples=['a'], rewards=[1.0, 2.0])\n", ["2 rewards for 1 samples"], []),
     ],
     ids=["dies", "no such model", "unknown trainer", "unknown setting", "nemo", "reward dies", "syntax", "offline"],
 )  # fmt: skip

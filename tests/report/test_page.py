@@ -152,7 +152,7 @@ def test_other_algorithm_without_score_or_kl_shows_its_losses(make_run, rewrite)
     rewrite(run / "metrics.jsonl", lambda m: {k: v for k, v in m.items() if k in keep})
     (run / "samples.jsonl").unlink()
     _, page = page_of(run)
-    assert "neither a score nor a KL" in page.text
+    assert "Mean over the optimizer steps of each round" in page.text
     assert "policy/loss" in page.text
     assert "samples.jsonl is missing" in page.text
     assert "No evaluation was written" in page.text

@@ -184,3 +184,44 @@ def test_two_processes_resume_to_the_same_bits(tiny_folder, tmp_path, script, mo
     for name in one:
         assert torch.equal(one[name], other[name]), name
     assert (whole / "samples.jsonl").read_text() == (parts / "samples.jsonl").read_text()
+
+
+OFFLINE = """
+import sys, json
+import solotune
+from tests.tiny import tiny_offline_config
+from pathlib import Path
+
+folder, out, sections = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+kind = sections.pop("kind")
+config = tiny_offline_config(folder, kind, **sections).evolve(train={"checkpoint_dir": out, "run_name": "run"})
+samples = [["a film", " good"], ["b", " another, longer answer"], ["so", " no"], "a text", ["x", "y", "z", "w"],
+           ["q", "r"], ["what", " is it"]]
+rewards = [1.0, 0.0, 2.0, -1.0, 0.5, 0.1, 0.2] if kind == "ilql" else None
+solotune.train(samples=samples, rewards=rewards, eval_prompts=["a", "bb", "ccc"], config=config)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sft", "ilql"])
+def test_two_processes_learn_from_given_samples_as_one_does(tiny_folder, tmp_path, script, kind):
+    """Seven samples: a row of the second process only stands in; gradient, targets and losses are those of one."""
+    changed = script.with_name(f"{kind}.py")
+    changed.write_text(OFFLINE)
+    runs = []
+    for processes in (1, 2):
+        train = {"batch_size": 8 // processes, "minibatch_size": 2, "total_steps": 2}
+        sections = {"kind": kind, "train": train, "optimizer": {"kwargs": {"lr": 1.0, "eps": 1.0}}}
+        if kind == "ilql":
+            sections["method"] = {"steps_for_target_q_sync": 1, "alpha": 0.5}
+        runs.append(launch(processes, changed, tiny_folder, tmp_path / str(processes), sections))
+    one, two = (load_file(next(run.glob("checkpoints/step_*/tensors.safetensors"))) for run in runs)
+    moved = [name for name in one if name.startswith("model.")]
+    assert any("target_q_heads" in name for name in moved) == (kind == "ilql")
+    for name in moved:
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4, msg=name)
+    first, second = (read_lines(run / "metrics.jsonl") for run in runs)
+    assert [row["step"] for row in second] == [row["step"] for row in first] == [1, 2]
+    for one_row, two_row in zip(first, second, strict=True):
+        assert two_row["objective/loss"] == pytest.approx(one_row["objective/loss"], abs=1e-5)
+    outputs = [[row["output"] for row in read_lines(run / "samples.jsonl") if row["round"] == 0] for run in runs]
+    assert outputs[0] == outputs[1]

@@ -117,6 +117,8 @@ def load_prompts(data: "DataConfig") -> Prompts:
     Raises:
         DataError: there are none, or the source is missing or malformed.
     """
+    if data.prompts is None:
+        raise DataError("there are no prompts: `data.prompts` is missing; give at least one text")
     prompts = _load(data.prompts, data)
     if data.prompt_words is not None:
         prompts = prompts.first_words(data.prompt_words)

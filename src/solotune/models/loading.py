@@ -28,6 +28,8 @@ from solotune.models.adapters import (
     switch_off_dropout,
     to_trainable_dtype,
 )
+from solotune.models.ilql import ILQLModel
+from solotune.models.offline import OfflineModel
 from solotune.models.policy import PolicyModel, ValueBranch
 from solotune.models.split import Decoder
 
@@ -46,7 +48,7 @@ def build_policy(
     """Load the model a configuration names, add its adapter, mark what is trained, and split it.
 
     Args:
-        config: only `model`, `train.gradient_checkpointing` and `method.num_value_layers_unfrozen` are read.
+        config: only `model`, `train.gradient_checkpointing` and, of the method, which heads it has are read.
         device: where the weights go.
         meta: build the same modules without weights, on the meta device, the frozen ones in `meta_dtype`.
     Raises:
@@ -60,9 +62,10 @@ def build_policy(
     check_block_count(model.num_layers_unfrozen, decoder)
     value_branch = _value_branch(config, decoder)
     adapter = lora_config(model.delta_kwargs, model.peft_config, model.num_layers_unfrozen, decoder)
+    learner = getattr(config.method, "HEADS", "value")
     backbone: Any = lm
     if adapter is None:
-        if model.num_layers_unfrozen == 0:
+        if model.num_layers_unfrozen == 0 and learner != "q":  # its heads train all the same
             raise ModelError(
                 "model.num_layers_unfrozen is 0 and there is no LoRA: nothing would train; allowed are -1, 1 or more "
                 "blocks, or 0 with peft_config"
@@ -80,8 +83,12 @@ def build_policy(
     for module in [backbone, value_branch] if value_branch is not None else [backbone]:
         switch_off_dropout(module)
         to_trainable_dtype(module)
-    if not any(p.requires_grad for p in backbone.parameters()):
+    if not any(p.requires_grad for p in backbone.parameters()) and (adapter is not None or learner != "q"):
         raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
+    if learner == "q":
+        return ILQLModel(backbone, bool(getattr(config.method, "two_qs", True)), config.train.gradient_checkpointing)
+    if learner == "none":
+        return OfflineModel(backbone, config.train.gradient_checkpointing)
     return PolicyModel(backbone, config.train.gradient_checkpointing, value_branch)
 
 

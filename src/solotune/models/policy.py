@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -32,7 +32,6 @@ from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
 log = logging.getLogger("solotune")
 
 CRITIC_FILE = "value_head.safetensors"
-Task = Literal["sample", "generate", "measure", "update", "whole"]
 
 
 class Measured(NamedTuple):
@@ -105,13 +104,17 @@ class PolicyModel(nn.Module):
             trained decides where the split lies.
         gradient_checkpointing: recompute the top's blocks in the backward pass.
         value_branch: blocks that the critic has to itself; without it, it reads the policy's last hidden state.
+        online: with a reference and a critic; what learns from given samples needs neither.
     """
+
+    CRITIC_FILE = CRITIC_FILE
 
     def __init__(
         self,
         backbone: PreTrainedModel | PeftModel,
         gradient_checkpointing: bool = False,
         value_branch: ValueBranch | None = None,
+        online: bool = True,
     ):
         super().__init__()
         self.backbone = backbone
@@ -126,13 +129,17 @@ class PolicyModel(nn.Module):
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.eval()
-        self.value_head = ValueHead(
-            int(lm.get_output_embeddings().weight.shape[1]), device=lm.get_output_embeddings().weight.device
-        )
+        self._is_online = online
+        self.value_head: ValueHead | None = None
+        if online:
+            self.value_head = ValueHead(self.hidden_size, device=self.device)
         self.top = Top(self.decoder, self.start)
         self.head = Head(lm, self.decoder.name)
+        self._sampling_head: Callable[[Tensor], Tensor] = self.head
         self.reference = nn.ModuleDict()  # frozen copies of what is trained in place; empty with LoRA
-        if isinstance(backbone, PeftModel):
+        if not online:
+            pass
+        elif isinstance(backbone, PeftModel):
             self.reference_top, self.reference_head = self.top, self.head
         elif self.start == 0:
             self.reference["lm"] = _frozen_copy(lm)
@@ -167,10 +174,27 @@ class PolicyModel(nn.Module):
         return self.decoder.lm
 
     @property
+    def has_reference(self) -> bool:
+        return self._is_online
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that the LM head takes."""
+        return int(cast(nn.Linear, self.lm.get_output_embeddings()).weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return cast(nn.Linear, self.lm.get_output_embeddings()).weight.device
+
+    @property
     def critic(self) -> nn.ModuleDict:
-        """The value head and, where there is one, the value branch."""
-        parts: dict[str, nn.Module] = {"value_head": self.value_head}
-        return nn.ModuleDict(parts if self.value_branch is None else {**parts, "value_branch": self.value_branch})
+        """The value head and the value branch, as far as there are any."""
+        parts = {"value_head": self.value_head, "value_branch": self.value_branch}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+    def changing_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name: the trained tensors."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -191,43 +215,44 @@ class PolicyModel(nn.Module):
         """Write a standard PEFT adapter, or the whole model where it was trained itself, and the critic beside it; all
         as safetensors."""
         self.backbone.save_pretrained(str(folder), safe_serialization=True)
-        critic = {name: tensor.contiguous() for name, tensor in self.critic.state_dict().items()}
-        save_file(critic, Path(folder) / CRITIC_FILE)
+        if critic := {name: tensor.contiguous() for name, tensor in self.critic.state_dict().items()}:
+            save_file(critic, Path(folder) / self.CRITIC_FILE)
 
     def load_critic(self, folder: Path) -> None:
         """Read the critic that `save_pretrained` wrote; one that was not saved stays as it is."""
-        if (folder / CRITIC_FILE).exists():
-            self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
+        if (folder / self.CRITIC_FILE).exists():
+            self.critic.load_state_dict(load_file(folder / self.CRITIC_FILE))
 
-    def forward(self, task: Task, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
         """Run one pass; the tasks are the methods of these names with an underscore."""
-        passes: dict[str, Callable[..., Any]] = {
+        with self._autocast():
+            return self._passes()[task](*args, **kwargs)
+
+    def _passes(self) -> dict[str, Callable[..., Any]]:
+        return {
             "sample": self._sample,
             "generate": self._generate,
             "measure": self._measure,
             "update": self._update,
             "whole": self._whole,
         }
-        with self._autocast():
-            return passes[task](*args, **kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made; on a GPU the same with
         fixed-shape steps (`rollout.static`) where the architecture's parity is tested."""
-        device = next(self.value_head.parameters()).device
-        with self._recording() as take_trunk:
-            if device.type == "cuda" and StaticSampler.admits(self.decoder.module.config):
+        with self._recording(self._is_online) as take_trunk:
+            if self.device.type == "cuda" and StaticSampler.admits(self.decoder.module.config):
                 if self._static_sampler is None:
-                    self._static_sampler = StaticSampler(self.decoder.module, self.head, take_trunk)
+                    self._static_sampler = StaticSampler(self.decoder.module, self._sampling_head, take_trunk)
                 return self._static_sampler.sample(*args, **kwargs)
-            if device.type == "cuda" and not self._told_growing:
+            if self.device.type == "cuda" and not self._told_growing:
                 self._told_growing = True
                 log.info("%s is sampled with growing shapes, which is slower", self.decoder.module.config.model_type)  # type: ignore[union-attr]
-            return sample(self.decoder.module, self.head, *args, take_trunk=take_trunk, **kwargs)
+            return sample(self.decoder.module, self._sampling_head, *args, take_trunk=take_trunk, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.generate.generate` and one full pass for the trunk's output."""
-        with self._recording() as take_trunk:
+        with self._recording(self._is_online) as take_trunk:
             return generate(self.lm, *args, take_trunk=take_trunk, **kwargs)
 
     @torch.no_grad()
@@ -259,6 +284,7 @@ class PolicyModel(nn.Module):
         with torch.no_grad(), self._reference():
             ref_hidden_BTH = self.reference_top(trunk_BTH, *given)
             ref_logits_NV = self.reference_head(ref_hidden_BTH.flatten(0, 1))
+        assert self.value_head is not None
         logits_NV, values_N = self.head(hidden_BTH.flatten(0, 1)), self.value_head(value_hidden_BTH.flatten(0, 1))
         shape = ids_BT.shape
         return WholePass(*(x_N.unflatten(0, shape) for x_N in (logits_NV, ref_logits_NV, values_N)))
@@ -270,6 +296,7 @@ class PolicyModel(nn.Module):
         mask_bT = rollouts.response_mask_NT
         if self.value_branch is not None:
             hidden_bTH = self._response_hidden(rollouts, self._value_top, self._branch_input)
+        assert self.value_head is not None
         values_bT = self.value_head(hidden_bTH).masked_fill(~mask_bT, 0.0)
         return Measured(logprobs_bT, values_bT, entropies_bT)
 
@@ -305,8 +332,7 @@ class PolicyModel(nn.Module):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Blocks trained in place are fp32 between bf16 neighbours: they are multiplied in bf16 as well."""
-        device = next(self.value_head.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16) if self._is_mixed else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self._is_mixed else contextlib.nullcontext()
 
     def _reference(self) -> contextlib.AbstractContextManager:
         return self.backbone.disable_adapter() if isinstance(self.backbone, PeftModel) else contextlib.nullcontext()
@@ -323,10 +349,10 @@ class PolicyModel(nn.Module):
             self._branch_input.active = False
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[Callable[[], Tensor] | None]:
+    def _recording(self, wanted: bool = True) -> Iterator[Callable[[], Tensor] | None]:
         if self._checkpointing:
             self.top.train(False)
-        if self._recorder is None:
+        if self._recorder is None or not wanted:
             yield None
             return
         self._recorder.active = True

@@ -86,7 +86,7 @@ def kl_svg(run: Run) -> str:
 
 
 def losses_svg(run: Run) -> str:
-    """Every metric called `.../loss`: the curve of methods that have neither a score nor a KL. At most two."""
+    """Every metric called `.../loss`: the curve of methods that sample nothing to learn from. At most two."""
     keys = sorted({key for line in run.metrics for key in line if key.endswith("/loss")})
     curves = [(key, *run.series(key)) for key in keys]
     curves = [curve for curve in curves if curve[1]][:2]

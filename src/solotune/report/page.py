@@ -107,7 +107,9 @@ def _headlines(run: Run) -> list[Headline]:
     steps = known("steps", max(run.series("step")[1], default=None))
     seconds = known("wall_seconds", sum(run.series("time/round")[1]) or None)
     memory = known("peak_memory_bytes", max(run.series("memory/peak_bytes")[1], default=None))
-    speed = known("tokens_per_second", mean(run.series("rollout/tokens_per_second")[1]))
+    what = "Learning" if run.series("policy/tokens_per_second")[0] else "Sampling"
+    family = "policy" if what == "Learning" else "rollout"
+    speed = known("tokens_per_second", mean(run.series(f"{family}/tokens_per_second")[1]))
     trainable, total = number(summary.get("trainable_parameters")), number(summary.get("total_parameters"))
 
     lines: list[Headline] = []
@@ -115,6 +117,9 @@ def _headlines(run: Run) -> list[Headline]:
         lines.append(Headline("Reward", f"{before:.3f} → {after:.3f}", f"{after - before:+.3f}, evaluation samples"))
     elif before is not None:
         lines.append(Headline("Reward", f"{before:.3f}", "one evaluation so far"))
+    losses = run.series("objective/loss")[1]
+    if losses:
+        lines.append(Headline("Loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "first and last round"))
     if kl is not None:
         lines.append(Headline("KL", f"{kl:.2f}", "nats per response"))
     if rounds is not None:
@@ -124,7 +129,7 @@ def _headlines(run: Run) -> list[Headline]:
     if memory is not None:
         lines.append(Headline("Peak memory", format_bytes(memory)))
     if speed is not None:
-        lines.append(Headline("Sampling", f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}", "tokens per second"))
+        lines.append(Headline(what, f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}", "tokens per second"))
     if trainable is not None and total:
         remark = f"{trainable:,.0f} of {total:,.0f} parameters"
         lines.append(Headline("Trainable", f"{100 * trainable / total:.3g} %", remark))
@@ -136,8 +141,8 @@ def _figures(run: Run) -> list[Figure]:
         ("Reward", curves.reward_svg(run), "Mean score of each round, mean reward of each evaluation."),
         ("KL to the reference", curves.kl_svg(run), "How far the policy has moved from where it started."),
     ]
-    if not any(svg for _, svg, _ in drawn):
-        drawn.append(("Loss", curves.losses_svg(run), "This run logged neither a score nor a KL."))
+    if not run.series("objective/score")[0]:
+        drawn.append(("Loss", curves.losses_svg(run), "Mean over the optimizer steps of each round."))
     drawn += [
         (
             "Rewards of the evaluation samples",

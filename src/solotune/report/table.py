@@ -28,9 +28,10 @@ def before_after_table(before: list[dict[str, Any]], after: list[dict[str, Any]]
             "same place: both evaluations have to sample the same prompts in the same order."
         )
     shown = [pair for group in by_prompt(pairs, rows, per_prompt=rows).values() for pair in group]
+    means = [mean(r.get("reward") for r in rows_of) for rows_of in (before, after)]
+    rewards = "" if means == [None, None] else f"Mean reward {_number(means[0])} before, {_number(means[1])} after "
     table = Table(
-        title=f"Mean reward {_number(mean(r.get('reward') for r in before))} before, "
-        f"{_number(mean(r.get('reward') for r in after))} after ({len(pairs)} samples)",
+        title=f"{rewards}({len(pairs)} samples)",
         caption=f"{len(shown)} of {len(pairs)} samples, the first of every prompt",
         show_lines=True,
         expand=True,

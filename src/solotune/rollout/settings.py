@@ -62,6 +62,7 @@ class SamplingSettings:
         do_sample: False takes the most likely token.
         eos_token_ids: tokens that end a response; empty for never.
         stop_strings: texts that end a response as soon as they stand in it.
+        beta: weight of a token's advantage in drawing, for a model that has Q heads (ILQL).
         other: arguments only `transformers.generate` knows; non-empty sends the whole call there.
     """
 
@@ -73,6 +74,7 @@ class SamplingSettings:
     do_sample: bool = True
     eos_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    beta: float = 0.0
     other: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,7 +85,7 @@ class SamplingSettings:
     @property
     def drawing(self) -> tuple[Any, ...]:
         """What decides how a token is drawn from its logits, to tell captured steps apart."""
-        return self.do_sample, self.temperature, self.top_k, self.top_p, self.eos_token_ids
+        return self.do_sample, self.temperature, self.top_k, self.top_p, self.eos_token_ids, self.beta
 
     @classmethod
     def from_gen_kwargs(

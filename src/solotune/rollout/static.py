@@ -445,11 +445,15 @@ def layer_masks(config: Any, full: Tensor, windowed: Tensor) -> Any:
     return windowed if kind == "window" else full
 
 
-def sequence_masks(config: Any, mask_BS: Tensor, dtype: torch.dtype) -> Any:
-    """The masks of whole sequences, ready-made: given the mask of their padding, (B, S), models read it on the host."""
-    positions_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+def sequence_masks(config: Any, segments_BS: Tensor, dtype: torch.dtype) -> Any:
+    """The masks of whole sequences, ready-made: given the mask of their padding, (B, S), models read it on the host.
+
+    `segments_BS` is 0 on padding, and elsewhere 1, or which of the sequences packed into its row a token belongs to: no
+    token looks at another sequence.
+    """
+    positions_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
     distance_SS = positions_S[:, None] - positions_S
-    may_look_BSS = (distance_SS >= 0) & mask_BS.bool()[:, None, :]
+    may_look_BSS = (distance_SS >= 0) & (segments_BS[:, :, None] == segments_BS[:, None, :])
     full = _additive(may_look_BSS, dtype)
     window = getattr(config, "sliding_window", None)
     return layer_masks(

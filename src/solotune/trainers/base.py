@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +33,7 @@ from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
-    from solotune.plans import GrowthPlan
+    from solotune.plans import GrowthPlan, PassPlan
 
 T = TypeVar("T")
 log = logging.getLogger("solotune")
@@ -49,7 +49,8 @@ class Trainer(ABC):
         config: trlX's configuration.
         plan: how many rounds and steps.
         reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and the prompts' metadata that it
-            takes; a number per sample, or a list of numbers per sample, one a response token.
+            takes; a number per sample, or a list of numbers per sample, one a response token. None: evaluations have no
+            reward.
         eval_prompts: what is continued at every evaluation.
         room: tokens a prompt may have.
         run: where files go; None writes none.
@@ -68,8 +69,8 @@ class Trainer(ABC):
     def __init__(
         self,
         config: TRLConfig,
-        plan: StepPlan | GrowthPlan,
-        reward_fn: Callable[..., Any],
+        plan: StepPlan | GrowthPlan | PassPlan,
+        reward_fn: Callable[..., Any] | None,
         eval_prompts: Prompts,
         room: int,
         run: RunFolder | None = None,
@@ -127,13 +128,16 @@ class Trainer(ABC):
         self.resume_hint = "train.resume_from_checkpoint goes on from there"
         self.rounds_done = 0
         self.steps_done = 0
-        self.rollout_tokens = 0.0
+        self.tokens_done = 0.0
         self.first_evaluation: Evaluation | None = None
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
         self.best_reward = -math.inf
         self.stop = Stop()
         self._untold: dict[str, Any] | None = None  # metrics and first step of a round that is done and not yet told of
+
+    TOKENS: ClassVar[tuple[str, str]] = ("rollout", "sample")
+    """The tokens whose number a second is told: the family of their metric, and the phase in which they are made."""
 
     def build_policy(self) -> PolicyModel:
         """The model, on this process's device, before anything is wrapped around it."""
@@ -214,7 +218,7 @@ class Trainer(ABC):
         """For subclasses: called after every pass over the rollouts of a round (trlX's name)."""
 
     def score(self, texts: Texts, stream: Stream = Stream.ROLLOUTS) -> list[Any]:
-        """The reward function's answer: a number or a list of numbers a sample; None for one that was skipped."""
+        """The reward function's answer: a number or a list of numbers a sample; None for one without a reward."""
         return self._scorer.rewards(
             texts, stream, self.steps_done, self.run.path if self.run is not None else Path.cwd()
         )
@@ -226,9 +230,10 @@ class Trainer(ABC):
         if self.is_over or self.steps_done // train.eval_interval > first_step // train.eval_interval:
             self.evaluate_and_record()
         seconds = self.clock.end_round()
-        tokens = metrics.pop("rollout/all_tokens")
-        self.rollout_tokens += tokens
-        metrics["rollout/tokens_per_second"] = tokens / max(seconds.get("sample", 0.0), 1e-9)
+        family, phase = self.TOKENS
+        tokens = metrics.pop(f"{family}/all_tokens")
+        self.tokens_done += tokens
+        metrics[f"{family}/tokens_per_second"] = tokens / max(seconds.get(phase, 0.0), 1e-9)
         metrics |= {f"time/{name}": seconds.get(name, 0.0) for name in PHASES}
         metrics["time/round"] = sum(seconds.get(name, 0.0) for name in PHASES)
         metrics["memory/peak_bytes"] = peak_memory_bytes(self.device)
@@ -257,6 +262,7 @@ class Trainer(ABC):
                 lambda texts: self.score(texts, Stream.EVALUATION),
                 lambda texts: self._scorer.metrics(texts, self.steps_done),
                 self.in_memory,
+                measures_kl=self.model.has_reference,
             )
 
     def evaluate_and_record(self) -> Evaluation:
@@ -275,8 +281,9 @@ class Trainer(ABC):
                 self.run.append(self.run.samples, [{**place, **sample} for sample in each.samples])
             self.accelerator.log(tracking.evaluation_names(each, label), step=self.steps_done)
             tracking.log_samples(self.accelerator, each, self.steps_done, label)
-        if evaluation.reward > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
-            self.best_reward = evaluation.reward
+        best = evaluation.reward if evaluation.reward is not None else evaluation.metrics.get("reward")  # as trlX
+        if best is not None and best > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
+            self.best_reward = best
             if self.run is not None:
                 with self.run.whole("best") as folder:
                     self.save_pretrained(folder)
@@ -362,7 +369,7 @@ class Trainer(ABC):
             "evaluated_step": self.evaluated_step,
             "skipped_in_a_row": self.stepper.skipped_in_a_row,
             "data_order": self._data_order(),
-            "rollout_tokens": self.rollout_tokens,
+            "tokens_done": self.tokens_done,
             "seconds_by_phase": dict(self.clock.total),
             "untold": self._untold,
         }
@@ -386,11 +393,11 @@ class Trainer(ABC):
         if state["first_evaluation"] is not None:
             self.first_evaluation = Evaluation(**state["first_evaluation"])
             self.last_evaluation = Evaluation(**state["last_evaluation"])
-        self.rollout_tokens = state["rollout_tokens"]
+        self.tokens_done = state["tokens_done"]
         self._seconds_before: dict[str, float] = state["seconds_by_phase"]
         self._untold = state["untold"]
 
-    def _data_order(self) -> dict[str, int]:
+    def _data_order(self) -> dict[str, Any]:
         """What decides which prompts and random numbers a round takes."""
         rollouts = getattr(self.config.method, "num_rollouts", 0)
         processes = self.accelerator.num_processes

@@ -85,6 +85,12 @@ def drop_after(folder: Path, step: int) -> None:
                 remove(path)
 
 
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes in a model, by name: what it says itself, or its trained tensors."""
+    said: Any = getattr(model, "changing_tensors", None)
+    return said() if said is not None else {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save(
     folder: Path,
     step: int,
@@ -97,11 +103,11 @@ def save(
 
     Args:
         step: optimizer steps so far.
-        model: its trained tensors are written, the frozen ones are not.
+        model: the tensors that training changes are written, the frozen ones are not.
         state: what else there is, JSON.
         state_tensors: what of it are tensors.
     """
-    tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"model.{name}": p.detach().cpu() for name, p in _changing(model).items()}
     optimizer_state = optimizer.state_dict()
     for index, values in optimizer_state["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in _flat(values)}
@@ -198,7 +204,7 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "tensors.safetensors")
     with reading(path):
-        trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {f"model.{name}": p for name, p in _changing(model).items()}
         stored = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
         expected = {name: (tuple(p.shape), p.dtype) for name, p in trained.items()}

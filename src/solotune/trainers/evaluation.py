@@ -20,14 +20,14 @@ class Evaluation(NamedTuple):
     """One evaluation of all processes' samples.
 
     Args:
-        reward: mean score of the samples that got one (dense scores summed).
-        kl: mean KL to the reference, nats per response.
+        reward: mean score of the samples that got one (dense scores summed); None where none did.
+        kl: mean KL to the reference, nats per response; None where there is no reference.
         samples: a row for `samples.jsonl` per sample, in the order of the prompts.
         metrics: means of what `metric_fn` returned.
     """
 
-    reward: float
-    kl: float
+    reward: float | None
+    kl: float | None
     samples: list[dict[str, Any]]
     metrics: dict[str, float]
 
@@ -41,18 +41,22 @@ def evaluate(
     score: Callable[[Texts], list[Any]],
     metrics_of: Callable[[Texts], list[dict[str, float]]],
     in_memory: Callable[[Callable[[int], list[float]]], list[float]],
+    measures_kl: bool = True,
 ) -> Evaluation:
     """Sample every evaluation prompt once, each with random numbers of its own that are the same at every evaluation.
 
     Processes share the prompts out; every process returns the whole evaluation. `score` and `metrics_of` are called by
-    every process, with no texts where it has no prompts. `in_memory` calls what it is given with the rows of a pass.
+    every process, with no texts where it has no prompts; a score of None is no score. `in_memory` calls what it is
+    given with the rows of a pass.
     """
     mine = list(range(accelerator.process_index, n_prompts, accelerator.num_processes))
     texts, kls, finishes = Texts([], [], [], {}), [], []
     if mine:
         rollouts = sampler(mine, mine, settings)
         texts = sampler.texts(rollouts, settings.stop_strings)
-        kls = in_memory(lambda micro_batch: _kls(policy, rollouts, settings.temperature, micro_batch))
+        kls: list[Any] = [None] * len(mine)
+        if measures_kl:
+            kls = in_memory(lambda micro_batch: _kls(policy, rollouts, settings.temperature, micro_batch))
         finishes = [FinishReason(finish).name.lower() for finish in rollouts.finish_N.tolist()]
     rows = [
         {
@@ -71,7 +75,7 @@ def evaluate(
     gathered = sorted(gather_object(rows), key=lambda row: row["index"])
     metrics = [row.pop("metrics") for row in gathered]
     samples = [{key: value for key, value in row.items() if key != "index"} for row in gathered]
-    means = {name: _mean(metrics, name) for name in (metrics[0] if metrics else {})}
+    means = {name: _mean(metrics, name) or 0.0 for name in (metrics[0] if metrics else {})}
     return Evaluation(_mean(samples, "reward"), _mean(samples, "kl"), samples, means)
 
 
@@ -102,6 +106,6 @@ def _kls(policy: Callable[..., Any], rollouts: Rollouts, temperature: float, mic
     return kls
 
 
-def _mean(rows: list[dict[str, Any]], key: str) -> float:
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if row[key] is not None]
-    return sum(values) / max(len(values), 1)
+    return sum(values) / len(values) if values else None

@@ -10,7 +10,6 @@ from solotune.validation import nearest, shown
 
 _TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
 _PIPELINES: dict[str, tuple[str, type]] = {}
-NOT_YET = ("AccelerateILQLTrainer", "AccelerateSFTTrainer")
 NEMO = ("NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer")
 
 
@@ -48,16 +47,16 @@ def get_trainer(name: str) -> Callable[..., Any]:
     """The trainer class called `name` in any case.
 
     Raises:
-        NotYetError: trlX had it, and it is not there yet.
+        NotYetError: it is one of NeMo's.
         ConfigError: nobody registered it; names those that are known.
     """
+    import solotune.trainers.ilql
     import solotune.trainers.ppo
-    import solotune.trainers.rft  # noqa: F401  they register themselves
+    import solotune.trainers.rft
+    import solotune.trainers.sft  # noqa: F401  they register themselves
 
     if name.lower() in _TRAINERS:
         return _TRAINERS[name.lower()][1]
-    if name.lower() in {other.lower() for other in NOT_YET}:
-        raise NotYetError(f"train.trainer {name!r} is not there yet; there are {', '.join(_known(_TRAINERS))}")
     if name.lower() in {other.lower() for other in NEMO}:
         raise NotYetError(
             f"train.trainer {name!r}: NeMo is not supported; accelerate runs one model on several GPUs. There are "

@@ -16,8 +16,22 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from solotune.config import DataConfig, PPOConfig, Recipe, RewardConfig, RFTConfig, TRLConfig, default_ppo_config
+from solotune.config import (
+    DataConfig,
+    ILQLConfig,
+    PPOConfig,
+    Recipe,
+    RewardConfig,
+    RFTConfig,
+    SFTConfig,
+    TRLConfig,
+    default_ilql_config,
+    default_ppo_config,
+    default_sft_config,
+)
+from solotune.data.dialogues import checked_rewards
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
+from solotune.data.samples import load_samples
 from solotune.errors import ConfigError, NotYetError, SolotuneError
 from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
@@ -50,7 +64,7 @@ def run_recipe(
     """Train what a recipe says and leave a run folder.
 
     Args:
-        recipe: of PPO or RFT.
+        recipe: a recipe of any method.
         out: the run's folder; an existing run there is moved aside unless it is resumed.
         resume: continue from the newest checkpoint in `out`.
         started: `time.perf_counter()` when the command began, default now.
@@ -61,28 +75,36 @@ def run_recipe(
     accelerator = _accelerator(config, out)
     clock = Clock(accelerator.device, started)
     config.check()
-    prompts, eval_prompts = load_prompts(recipe.data), load_eval_prompts(recipe.data)
     tokenizer = load_tokenizer(config.tokenizer)
-    room, special = room_for_prompts(config), config.tokenizer.add_special_tokens
-    if recipe.data.long_prompts == "drop":
-        prompts, eval_prompts = (fitting(given, tokenizer, room, special) for given in (prompts, eval_prompts))
-    for given in (prompts, eval_prompts):  # what is too long is said before a reward model is trained
-        encode(given, tokenizer, room, special)
+    given: dict[str, Any] = {}
+    if _is_offline(config):
+        samples, rewards = load_samples(recipe.data)
+        given = _offline_data(config, samples, rewards)
+        eval_prompts = _default_prompts(config, tokenizer, accelerator)
+        if recipe.data.eval_prompts is not None:
+            eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
+    else:
+        given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
+        eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
     # What does not fit the model is said before a reward model is trained and weights are loaded.
     build_scheduler(
         config.scheduler, build_optimizer(config.optimizer, build_policy(config, meta=True).trainable_parameters())
     )
     with accelerator.main_process_first(), clock.phase("reward_model"):
-        reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
+        reward_fn = None
+        if recipe.reward is not None:
+            reward_fn = build_reward(recipe.reward, device=str(accelerator.device))
     resume = resume or config.train.resume_from_checkpoint is not None
     stops = recipe.data.stop_sequences
-    given = recipe.reward
-    on_error = OnError(given.on_error, given.retries, given.backoff, given.timeout)
+    on_error = None
+    if recipe.reward is not None:
+        asked = recipe.reward
+        on_error = OnError(asked.on_error, asked.retries, asked.backoff, asked.timeout)
     return _run(
         config,
         recipe,
         reward_fn,
-        prompts,
+        given,
         eval_prompts,
         out,
         resume,
@@ -108,50 +130,65 @@ def train(
     stop_sequences: Sequence[str] = (),
     on_error: OnError | None = None,
 ) -> Trainer:
-    """Tune a model with a reward function (trlX's `train`).
+    """Tune a model with a reward function, or on given samples (trlX's `train`).
 
     Args:
         model_path: hub id or folder, a `PretrainedConfig` (random weights) or a `PreTrainedModel`; overrides
             `config.model.model_path`, and the tokenizer's path where no config is given.
         reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and metadata columns that it
-            takes; returns a number per sample, or a list of numbers per sample (one a response token).
-        dataset, samples, rewards: for offline methods, which are not there yet.
+            takes; returns a number per sample, or a list of numbers per sample (one a response token). With `samples`
+            it scores the evaluations alone.
+        samples: texts, or dialogues [prompt, output, prompt, output, ...]: SFT learns their outputs.
+        rewards: a number a sample: ILQL learns from them.
+        dataset: (samples, rewards), trlX's older spelling.
         prompts: texts, or dicts with the key "prompt" whose other keys reach the reward function; default the
             tokenizer's BOS, `batch_size` times.
-        eval_prompts: the same; default the first `batch_size` prompts.
+        eval_prompts: the same; default the first `batch_size` prompts, or the BOS where there are none.
         metric_fn: called at every evaluation; returns named numbers.
-        config: default `default_ppo_config()`.
+        config: default that of the method: `default_ppo_config()` with a reward function alone, `default_ilql_config()`
+            with rewards, `default_sft_config()` with samples.
         stop_sequences: texts that end a response and are cut off it.
         on_error: what to do when `reward_fn` fails, e.g. `OnError("retry", timeout=60)`; default to stop.
     Returns:
         The trainer, trained: `.model`, `.tokenizer`, `.generate`, `.evaluate`, `.save_pretrained`.
     Raises:
-        NotYetError: an offline method.
-        ConfigError: neither a reward function nor samples.
+        ConfigError: neither a reward function nor samples, or a config of another method than what is given asks for.
+        DataError: samples or rewards cannot be used as they are.
     """
-    if dataset is not None or samples is not None or rewards is not None:
-        raise NotYetError(
-            "training on given samples (ILQL, SFT) is not there yet; give reward_fn= and prompts= for PPO"
-        )
-    if reward_fn is None:
-        raise ConfigError("train() got neither reward_fn nor samples; PPO needs reward_fn=, a function of samples")
+    if dataset is not None:
+        log.warning("train(dataset=(samples, rewards)) is deprecated: give samples= and rewards=")
+        samples, rewards = dataset
+    if samples is None and rewards is not None:
+        raise ConfigError("train() got rewards= without samples=: give the samples they belong to")
+    if samples is None and reward_fn is None:
+        raise ConfigError("train() got neither reward_fn= nor samples=: give one of them")
     uses_default = config is None
     if config is None:
-        log.warning("no config was given: using default_ppo_config()")
-    config = (config or default_ppo_config()).evolve()
+        default = (
+            default_ppo_config if samples is None else default_sft_config if rewards is None else default_ilql_config
+        )
+        log.warning("no config was given: using %s()", default.__name__)
+        config = default()
+    config = config.evolve()
     if model_path is not None:
         config.model.model_path = model_path
         if uses_default and isinstance(model_path, str):
             config.tokenizer.tokenizer_path = model_path
     config.check()
     _supported(config)
+    given = {} if samples is None else _offline_data(config, samples, rewards)
+    if samples is None and _is_offline(config):
+        raise ConfigError(f"method.name = {config.method.name!r} learns from given samples: train() needs samples=")
     name = config.train.run_name or Path(sys.argv[0] or "train").stem or "train"
     out = Path(config.train.checkpoint_dir) / name
     accelerator = _accelerator(config, out)
     tokenizer = load_tokenizer(config.tokenizer)
     batch = config.train.batch_size * accelerator.num_processes
-    given = _prompts(config, prompts, tokenizer, batch)
-    given_eval = given.select(range(min(batch, len(given))))
+    if samples is not None:
+        given_eval = _default_prompts(config, tokenizer, accelerator)
+    else:
+        given = {"prompts": _prompts(config, prompts, tokenizer, batch)}
+        given_eval = given["prompts"].select(range(min(batch, len(given["prompts"]))))
     if eval_prompts is not None:
         given_eval = _prompts(config, eval_prompts, tokenizer, batch)
     resume = config.train.resume_from_checkpoint is not None
@@ -174,8 +211,8 @@ def train(
 def _run(
     config: TRLConfig,
     recipe: Recipe | None,
-    reward_fn: Callable[..., Any],
-    prompts: Prompts,
+    reward_fn: Callable[..., Any] | None,
+    given: dict[str, Any],
     eval_prompts: Prompts,
     out: Path,
     resume: bool,
@@ -186,6 +223,7 @@ def _run(
     on_round: Callable[[dict[str, Any]], None] | None = None,
     on_error: OnError | None = None,
 ) -> Trainer:
+    """Train with what a method learns from: `given` are the trainer's `prompts`, or `samples` and `rewards`."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form is named, and runs
@@ -195,7 +233,7 @@ def _run(
     trainer = get_trainer(_trainer_name(config))(
         config=config,
         reward_fn=reward_fn,
-        prompts=prompts,
+        **given,
         eval_prompts=eval_prompts,
         metric_fn=metric_fn,
         stop_sequences=stop_sequences,
@@ -209,7 +247,7 @@ def _run(
     trainer.run = run = RunFolder(out, writes=main, continued=_is_within(start_from, out))
     accelerator.wait_for_everyone()
     if main:
-        saved = recipe or _as_recipe(config, prompts, eval_prompts, reward_fn, stop_sequences, run)
+        saved = recipe or _as_recipe(config, given, eval_prompts, reward_fn, stop_sequences, run)
         with named(out / "config.yaml"):  # aside first: an earlier one is what resuming needs
             saved.save_yaml(aside := out / ".config.yaml.partial", versions())
             os.replace(aside, out / "config.yaml")
@@ -247,7 +285,6 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
         with run.whole("adapter" if is_adapter else "model") as folder:
             trainer.save_pretrained(folder)
     tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
-    tokens = trainer.rollout_tokens
     summary = {
         "reward_before": before.reward,
         "reward_after": after.reward,
@@ -259,7 +296,7 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
         "rounds": trainer.rounds_done,
         "seed": trainer.config.train.seed,
         "steps": trainer.steps_done,
-        "tokens_per_second": tokens / max(clock.total["sample"], 1e-9),
+        "tokens_per_second": trainer.tokens_done / max(clock.total[trainer.TOKENS[1]], 1e-9),
         "model": str(getattr(trainer.config.model.model_path, "model_type", trainer.config.model.model_path)),
         "trainable_parameters": tree.trainable,
         "total_parameters": tree.total,
@@ -272,15 +309,17 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
         log.warning("%s", error)
         page = "there is no page of it"
     console.print(before_after_table(before.samples, after.samples, rows=8))
-    say(
-        f"reward {before.reward:.3f} -> {after.reward:.3f}, KL {after.kl:.2f} nats a response, "
-        f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; {page}"
-    )
+    changes = {"reward": (before.reward, after.reward)}
+    changes |= {name: (before.metrics.get(name), value) for name, value in after.metrics.items()}
+    told = [f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in changes.items() if a is not None and b is not None]
+    told += [f"KL {after.kl:.2f} nats a response"] if after.kl is not None else []
+    told += [f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; {page}"]
+    say(", ".join(told))
 
 
 def _supported(config: TRLConfig) -> None:
-    if not isinstance(config.method, PPOConfig | RFTConfig):
-        raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed are PPO and RFT")
+    if not isinstance(config.method, PPOConfig | RFTConfig | SFTConfig | ILQLConfig):
+        raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed are PPO, RFT, SFT and ILQL")
     trainer: Any = get_trainer(_trainer_name(config))
     if config.train.trainer_kwargs and trainer.__module__.startswith("solotune."):
         names = ", ".join(config.train.trainer_kwargs)
@@ -294,12 +333,60 @@ def _supported(config: TRLConfig) -> None:
         log.warning("without effect here: %s", ", ".join(names))
 
 
+def _is_offline(config: TRLConfig) -> bool:
+    return isinstance(config.method, SFTConfig | ILQLConfig)
+
+
 def _trainer_name(config: TRLConfig) -> str:
     """`train.trainer`, or that of the method where the setting was left at its default."""
-    own = {RFTConfig: "AccelerateRFTTrainer"}
+    own: dict[type, str] = {
+        RFTConfig: "AccelerateRFTTrainer",
+        SFTConfig: "AccelerateSFTTrainer",
+        ILQLConfig: "AccelerateILQLTrainer",
+    }
     if config.train.trainer.lower() != "AcceleratePPOTrainer".lower():
         return config.train.trainer
     return next((name for cls, name in own.items() if isinstance(config.method, cls)), config.train.trainer)
+
+
+def _offline_data(config: TRLConfig, samples: Sequence[Any], rewards: Any) -> dict[str, Any]:
+    """What the method's trainer learns from.
+
+    Raises:
+        ConfigError: rewards without a method that learns from them, or the reverse, or a method that samples itself.
+        DataError: the rewards do not belong to the samples.
+    """
+    method = config.method
+    if isinstance(method, ILQLConfig):
+        if rewards is None:
+            raise ConfigError(
+                "ILQL learns from a reward of each sample: give rewards= (data.reward_column in a recipe)"
+            )
+        return {"samples": list(samples), "rewards": checked_rewards(rewards, len(samples))}
+    if not isinstance(method, SFTConfig):
+        wanted = "default_sft_config()" if rewards is None else "default_ilql_config()"
+        raise ConfigError(f"method.name = {method.name!r} does not learn from given samples: start from {wanted}")
+    if rewards is not None:
+        checked_rewards(rewards, len(samples))
+        log.info("SFT learns every sample alike: the rewards are not used")
+    return {"samples": list(samples)}
+
+
+def _default_prompts(config: TRLConfig, tokenizer: Any, accelerator: Accelerator) -> Prompts:
+    return _prompts(config, None, tokenizer, config.train.batch_size * accelerator.num_processes)
+
+
+def _fitting(prompts: Prompts, recipe: Recipe, tokenizer: Any) -> Prompts:
+    """A recipe's prompts, those that are too long left out where it says so.
+
+    Raises:
+        DataError: one is too long, or empty: said before a reward model is trained.
+    """
+    room, special = room_for_prompts(recipe.config), recipe.config.tokenizer.add_special_tokens
+    if recipe.data.long_prompts == "drop":
+        prompts = fitting(prompts, tokenizer, room, special)
+    encode(prompts, tokenizer, room, special)
+    return prompts
 
 
 def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
@@ -354,29 +441,45 @@ def _is_within(start_from: Path | None, out: Path) -> bool:
 
 def _as_recipe(
     config: TRLConfig,
-    prompts: Prompts,
+    given: dict[str, Any],
     eval_prompts: Prompts,
-    reward_fn: Callable[..., Any],
+    reward_fn: Callable[..., Any] | None,
     stop_sequences: Sequence[str],
     run: RunFolder,
 ) -> Recipe:
     """What `train()` was called with, as a recipe; its reward function is the caller's own code.
 
-    Many prompts are written to a file of their own beside it.
+    Many prompts or samples are written to a file of their own beside it.
     """
-    rows = _rows(prompts)
-    source: Any = rows
-    if len(rows) > MOST_PROMPTS_IN_CONFIG:
-        path = run.path / "prompts.jsonl"
-        path.unlink(missing_ok=True)
-        run.append(path, [row if isinstance(row, dict) else {"prompt": row} for row in rows])
-        source = str(path)
-    data = DataConfig(prompts=source, eval_prompts=_rows(eval_prompts), stop_sequences=list(stop_sequences))
+    sources: dict[str, Any] = {}
+    if "prompts" in given:
+        sources["prompts"] = _in_file(_rows(given["prompts"]), "prompt", run.path / "prompts.jsonl", run)
+    else:
+        rewards = given.get("rewards")
+        rows: list[Any] = given["samples"]
+        if rewards is not None:
+            rows = [{"sample": row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+            sources["reward_column"] = "reward"
+        sources["samples"] = _in_file(rows, "sample", run.path / "given_samples.jsonl", run)
+    # A default evaluation prompt is the BOS alone, and has no text.
+    sources["eval_prompts"] = _rows(eval_prompts) if all(eval_prompts.texts) or "prompts" in given else None
+    data = DataConfig(**sources, stop_sequences=list(stop_sequences))
+    if reward_fn is None:
+        return Recipe(config, data)
     return Recipe(
         config,
         data,
         RewardConfig(function=f"{_source_file(reward_fn)}:{getattr(reward_fn, '__qualname__', 'reward_fn')}"),
     )
+
+
+def _in_file(rows: list[Any], column: str, path: Path, run: RunFolder) -> Any:
+    """The rows, or the file they are written to where they are many."""
+    if len(rows) <= MOST_PROMPTS_IN_CONFIG:
+        return rows
+    path.unlink(missing_ok=True)
+    run.append(path, [row if isinstance(row, dict) else {column: row} for row in rows])
+    return str(path)
 
 
 def _source_file(function: Callable[..., Any]) -> str:

@@ -34,7 +34,7 @@ class SavedState(BaseModel):
     first_evaluation: Evaluation | None
     last_evaluation: Evaluation | None
     data_order: dict[str, int]
-    rollout_tokens: float
+    tokens_done: float
     seconds_by_phase: dict[str, float]
     skipped_in_a_row: Count
     untold: Untold | None

@@ -29,7 +29,7 @@ class Scorer:
 
     def __init__(
         self,
-        reward_fn: Callable[..., Any],
+        reward_fn: Callable[..., Any] | None,
         metric_fn: Callable[..., dict[str, Any]] | None,
         tokenizer: Any,
         accelerator: Accelerator,
@@ -42,7 +42,7 @@ class Scorer:
         self._on_error, self._seed = on_error, seed
 
     def rewards(self, texts: Texts, stream: Stream, step: int, folder: Path) -> list[Any]:
-        """A number or a list of numbers a sample; None for one that was skipped.
+        """A number or a list of numbers a sample; None for one that was skipped, and where there is no function.
 
         Args:
             stream, step: what the samples are for, and when: the random numbers that the function draws depend on it.
@@ -50,13 +50,16 @@ class Scorer:
         Raises:
             RewardError: on every process, where it failed on one.
         """
+        reward_fn = self._reward_fn
+        if reward_fn is None:
+            return [None] * len(texts.samples)
         process = self._accelerator.process_index
         folder = folder if process == 0 else folder / f"process_{process}"
 
         def ask(given: Texts) -> list[Any]:
             with random_numbers_of_its_own(self._seed, int(Stream.REWARDS), int(stream), step, process):
                 return guarded_score(
-                    self._reward_fn,
+                    reward_fn,
                     given.samples,
                     given.prompts,
                     given.outputs,

@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("solotune")
 
 TRLX_NAMES = {
+    "objective/loss": "loss",
     "objective/score": "rollout_scores/mean",
     "objective/score_std": "rollout_scores/std",
     "objective/kl_coef": "kl_ctl_value",
     "policy/loss": "losses/policy_loss",
     "policy/lr": "learning_rate_group_0",
     "policy/ratio": "ratio",
+    "policy/awac_loss": "losses/loss_awac",
+    "policy/cql_loss": "losses/loss_cql",
     "value/loss": "losses/value_loss",
+    "value/q_loss": "losses/loss_q",
+    "value/v_loss": "losses/loss_v",
     "value/mean": "values/mean",
     "value/clipfrac": "values/clipfrac",
     "time/sample": "time/rollout_generate",
@@ -126,6 +131,8 @@ def round_names(metrics: dict[str, Any], vf_coef: float) -> dict[str, Any]:
         named |= {"policy/sqrt_kl": math.sqrt(kl), "policy/kl_per_token": math.sqrt(kl / tokens)}
     if {"policy/loss", "value/loss"} <= metrics.keys():
         named["losses/total_loss"] = metrics["policy/loss"] + vf_coef * metrics["value/loss"]
+    if "value/q_loss" in metrics:  # ILQL
+        named["losses/loss"] = named.pop("loss")
     if {"time/sample", "time/score"} <= metrics.keys():
         named["time/rollout_time"] = metrics["time/sample"] + metrics["time/score"]
     return {**metrics, **named}
@@ -133,7 +140,8 @@ def round_names(metrics: dict[str, Any], vf_coef: float) -> dict[str, Any]:
 
 def evaluation_names(evaluation: Evaluation, label: str = "") -> dict[str, float]:
     """An evaluation's means under both names; `label` is that of a sweep, such as `@temperature=0.7`."""
-    named = {"eval/reward": evaluation.reward, "eval/kl": evaluation.kl, "reward/mean": evaluation.reward}
+    given = {"eval/reward": evaluation.reward, "eval/kl": evaluation.kl, "reward/mean": evaluation.reward}
+    named = {name: value for name, value in given.items() if value is not None}
     named |= {f"metrics/{name}": value for name, value in evaluation.metrics.items()}
     return {f"{name}{label}": value for name, value in named.items()}
 

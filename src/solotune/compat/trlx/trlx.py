@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import solotune
 from solotune.compat.shims import tell_once
-from solotune.compat.trlx.data.default_configs import default_ppo_config
+from solotune.compat.trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
 
 
 def train(
@@ -31,8 +31,10 @@ def train(
     if logit_mask is not None:
         tell_once("logit_mask is without effect, as in trlX since 0.6")
     if config is None:
-        tell_once("no config was given: using default_ppo_config()")
-        config = default_ppo_config()
+        given, rated = (samples, rewards) if dataset is None else dataset
+        default = default_ppo_config if given is None else default_sft_config if rated is None else default_ilql_config
+        tell_once(f"no config was given: using {default.__name__}()")
+        config = default()
     start_from = config.train.resume_from_checkpoint
     if start_from is not None and not os.path.exists(start_from):
         tell_once(f"train.resume_from_checkpoint {start_from!r} is not there yet: starting from the beginning")

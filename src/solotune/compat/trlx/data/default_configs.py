@@ -49,35 +49,14 @@ def default_ppo_config() -> TRLConfig:
     return _as_trlx(ours.default_ppo_config())
 
 
-def _offline(method: Any, seq_length: int, batch_size: int, lr: float, trainer: str, checkpoints: int) -> TRLConfig:
-    return TRLConfig(
-        method=method,
-        model=ModelConfig(model_path="gpt2", num_layers_unfrozen=-1),
-        optimizer=OptimizerConfig(
-            name="adamw", kwargs={"lr": lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
-        ),
-        scheduler=SchedulerConfig(name="cosine_annealing", kwargs={"T_max": 1e12, "eta_min": lr}),
-        tokenizer=TokenizerConfig(tokenizer_path="gpt2"),
-        train=TrainConfig(
-            total_steps=1000,
-            seq_length=seq_length,
-            epochs=100,
-            batch_size=batch_size,
-            checkpoint_interval=checkpoints,
-            eval_interval=100,
-            trainer=trainer,
-        ),
-    )
-
-
 def default_ilql_config() -> TRLConfig:
     """GPT-2, everything trained, by implicit language Q-learning."""
-    return _offline(ILQLConfig(), 64, 128, 5e-5, "AccelerateILQLTrainer", 1000)
+    return _as_trlx(ours.default_ilql_config())
 
 
 def default_sft_config() -> TRLConfig:
     """GPT-2, everything trained, on given samples."""
-    return _offline(SFTConfig(), 1024, 8, 1e-4, "AccelerateSFTTrainer", 10000)
+    return _as_trlx(ours.default_sft_config())
 
 
 def _nemo(*args: Any, **kwargs: Any) -> Any:

@@ -109,7 +109,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     @property
     def v_head(self) -> nn.Module:
-        return self.policy.value_head
+        return self.policy.critic["value_head"]
 
     def forward(
         self,

@@ -1,14 +1,16 @@
-"""`PromptPipeline`; the pipelines of offline methods are not there yet."""
+"""`PromptPipeline`, and the samples of offline methods as trlX kept them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from solotune.compat.shims import absent
 from solotune.compat.trlx.pipeline import BasePipeline
+from solotune.data.dialogues import Phrase, tokenize_dialogue
 from solotune.data.prompts import Prompts, encode
 
 __all__ = [
@@ -20,12 +22,48 @@ __all__ = [
     "tokenize_dialogue",
 ]
 
-_REASON = "offline methods (ILQL, SFT) are not there yet"
-DialogMessage = absent("DialogMessage", _REASON)
-DialogStore = absent("DialogStore", _REASON)
-ILQLRolloutStorage = absent("ILQLRolloutStorage", _REASON)
-ILQLSeq2SeqRolloutStorage = absent("ILQLSeq2SeqRolloutStorage", _REASON)
-tokenize_dialogue = absent("tokenize_dialogue", _REASON)
+_STORE = "solotune.data.dialogues.encode_samples makes the samples, and trainers.ilql their rewards"
+ILQLRolloutStorage = absent("ILQLRolloutStorage", _STORE)
+ILQLSeq2SeqRolloutStorage = absent("ILQLSeq2SeqRolloutStorage", _STORE)
+DialogMessage = Phrase
+"""A phrase: `is_output` and `tokens`."""
+
+
+class DialogStore(BasePipeline):
+    """Tokenised dialogues with labels: -100 where nothing is to be learned."""
+
+    def __init__(self, dialogs: list[list[DialogMessage]], tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.history = [
+            {
+                "input_ids": [token for phrase in dialog for token in phrase.tokens],
+                "labels": [token if phrase.is_output else -100 for phrase in dialog for token in phrase.tokens],
+            }
+            for dialog in dialogs
+        ]
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.history[index]
+        return {**row, "attention_mask": [1] * len(row["input_ids"])}
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+    def create_loader(self, batch_size: int, shuffle: bool = False) -> DataLoader:
+        """Batches of padded `input_ids`, `attention_mask` and `labels`."""
+        pad = DataCollatorWithPadding(self.tokenizer)
+
+        def collate(items: list[dict[str, list[int]]]) -> Any:
+            batch = pad([{key: item[key] for key in ("input_ids", "attention_mask")} for item in items])
+            width, on_left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+            rows = []
+            for item in items:
+                padding = [-100] * (width - len(item["labels"]))
+                rows.append(padding + item["labels"] if on_left else item["labels"] + padding)
+            batch["labels"] = torch.tensor(rows)
+            return batch
+
+        return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class PromptPipeline(BasePipeline):

@@ -1,7 +1,10 @@
-"""The ILQL trainer; the method is not there yet."""
+"""The ILQL trainer, to be subclassed as in trlX."""
 
-from solotune.compat.shims import absent
+from solotune.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+from solotune.trainers.ilql import ILQLTrainer
 
 __all__ = ["AccelerateILQLTrainer"]
 
-AccelerateILQLTrainer = absent("AccelerateILQLTrainer", "ILQL is not there yet")
+
+class AccelerateILQLTrainer(ILQLTrainer, AccelerateRLTrainer):
+    """This project's ILQL trainer."""

@@ -1,7 +1,10 @@
-"""The SFT trainer; the method is not there yet."""
+"""The SFT trainer, to be subclassed as in trlX."""
 
-from solotune.compat.shims import absent
+from solotune.compat.trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+from solotune.trainers.sft import SFTTrainer
 
 __all__ = ["AccelerateSFTTrainer"]
 
-AccelerateSFTTrainer = absent("AccelerateSFTTrainer", "SFT is not there yet")
+
+class AccelerateSFTTrainer(SFTTrainer, AccelerateRLTrainer):
+    """This project's SFT trainer."""

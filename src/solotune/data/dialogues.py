@@ -1,0 +1,211 @@
+"""Strings and dialogues to token ids, with a mask of the tokens to learn: those of outputs.
+
+A dialogue is [prompt, output, prompt, output, ...]; a string is one output that follows the tokenizer's BOS (where it
+has none, its EOS).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from solotune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("solotune")
+
+
+class Phrase(NamedTuple):
+    """A prompt or an output of a dialogue, as token ids."""
+
+    is_output: bool
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N tokenised samples with at least one token to learn each.
+
+    Args:
+        ids: token ids of each.
+        is_output: of each of its tokens, whether it belongs to an output.
+        index: which of the given samples each is: those with nothing to learn are left out.
+    """
+
+    ids: list[list[int]] = field(default_factory=list)
+    is_output: list[list[bool]] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def tokenize_dialogue(
+    dialogue: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
+) -> list[Phrase]:
+    """The phrases of one sample as `encode_samples` makes them, without the tokenizer's own special tokens.
+
+    Raises:
+        DataError: it is neither a text nor of even length, or it is empty.
+    """
+    return _tokenize([dialogue], tokenizer, max_length, add_special_tokens=False)[0][0]
+
+
+def encode_samples(
+    samples: Sequence[str | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    add_special_tokens: bool = True,
+) -> Samples:
+    """Token ids and output masks of strings and dialogues.
+
+    The last output ends in one EOS, also where its text brings one. A sample of more than `max_length` tokens is cut at
+    the tokenizer's `truncation_side`; one line says how many are. What is cut on the right has no EOS: it did not end.
+    Empty phrases are left out, and where an output then comes first a BOS is put before it, or the EOS where the
+    tokenizer has no BOS; with neither, its first token is not learned.
+
+    Args:
+        add_special_tokens: start a dialogue's prompt with what the tokenizer puts before a text.
+    Raises:
+        DataError: there are none; one is not a text, of odd length or empty (its index is named); none has anything
+            left to learn.
+    """
+    if len(samples) == 0:
+        raise DataError("there are no samples: give at least one text or [prompt, output]")
+    tokenized, n_cut = _tokenize(samples, tokenizer, max_length, add_special_tokens)
+    if n_cut:
+        log.info(
+            "%d of %d samples have more than train.seq_length = %d tokens and are cut on the %s",
+            n_cut, len(samples), max_length, tokenizer.truncation_side,
+        )  # fmt: skip
+    found = Samples()
+    for index, phrases in enumerate(tokenized):
+        is_output = [phrase.is_output for phrase in phrases for _ in phrase.tokens]
+        if any(is_output[1:]):
+            found.ids.append([token for phrase in phrases for token in phrase.tokens])
+            found.is_output.append(is_output)
+            found.index.append(index)
+    if not found.ids:
+        raise DataError(
+            f"none of {len(samples)} samples has an output token within train.seq_length = {max_length}: raise it, or "
+            "set tokenizer.truncation_side to left"
+        )
+    if len(found) < len(samples):
+        left_out = len(samples) - len(found)
+        log.warning("%d of %d samples have no output token left to learn and are left out", left_out, len(samples))
+    return found
+
+
+def checked_rewards(rewards: Any, n_samples: int) -> list[float]:
+    """One finite number a sample.
+
+    Args:
+        rewards: a sequence of numbers, a tensor or an array.
+    Raises:
+        DataError: another number of them than of samples, or one that is not a finite number.
+    """
+    values = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
+    if len(values) != n_samples:
+        raise DataError(f"{len(values)} rewards for {n_samples} samples: one number a sample is needed")
+    for index, value in enumerate(values):
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, str) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"the reward of sample {index} is {value!r}: it has to be a finite number")
+        values[index] = float(value)
+    return values
+
+
+def _tokenize(
+    samples: Sequence[str | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    add_special_tokens: bool,
+) -> tuple[list[list[Phrase]], int]:
+    """The phrases of each sample, and how many samples were cut."""
+    texts = [_texts(sample, index) for index, sample in enumerate(samples)]
+    flat = [text for sample in texts for text in sample if text]
+    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    leading = _leading(tokenizer) if add_special_tokens else []
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        log.warning("the tokenizer has no EOS: samples do not end in one, so where to stop is not learned")
+    tokenized, n_cut = [], 0
+    for given, sample in zip(samples, texts, strict=True):
+        first_output = 0 if isinstance(given, str) else 1
+        phrases = []
+        for place, text in enumerate(sample):
+            tokens = list(next(encoded)) if text else []
+            is_output = place % 2 == first_output
+            if place == 0 and not is_output and tokens and tokens[: len(leading)] != leading:
+                tokens = leading + tokens
+            if place == len(sample) - 1 and eos is not None and tokens[-1:] != [eos]:
+                tokens = [*tokens, eos]
+            phrases.append(Phrase(is_output, tuple(tokens)))
+        kept, was_cut = _fitted(phrases, start, max_length, tokenizer.truncation_side)
+        tokenized.append(kept)
+        n_cut += was_cut
+    return tokenized, n_cut
+
+
+def _texts(sample: Any, index: int) -> list[str]:
+    """The texts of one sample; [output] for a string."""
+    if isinstance(sample, str):
+        texts = [sample]
+    elif isinstance(sample, Sequence):
+        texts = list(sample)
+        if len(texts) % 2 or not texts:
+            raise DataError(
+                f"sample {index} has {len(texts)} phrases: a dialogue is [prompt, output, prompt, output, ...], of an "
+                "even number"
+            )
+    else:
+        raise DataError(f"sample {index} is a {type(sample).__name__}: it has to be a text or [prompt, output, ...]")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"sample {index} holds a {type(text).__name__} ({str(text)[:80]!r}), expected a text")
+    if not any(texts):
+        raise DataError(f"sample {index} is empty ({sample!r}): remove it or give it a text")
+    return texts
+
+
+def _fitted(phrases: list[Phrase], start: int | None, max_length: int, side: str) -> tuple[list[Phrase], bool]:
+    """The phrases with a start token where an output comes first, cut to `max_length` tokens; whether any was cut."""
+    kept, was_cut = _cut(phrases, max_length, side)
+    if kept and kept[0].is_output and start is not None:
+        begins = kept[0].tokens[0] == start
+        if begins and len(kept[0].tokens) > 1:  # the text brings its own
+            return [Phrase(False, (start,)), Phrase(True, kept[0].tokens[1:]), *kept[1:]], was_cut
+        shorter, again = _cut(kept, max_length - 1, side)
+        was_cut = was_cut or again
+        kept = [Phrase(False, (start,)), *shorter]
+    return kept, was_cut
+
+
+def _cut(phrases: list[Phrase], max_length: int, side: str) -> tuple[list[Phrase], bool]:
+    excess = sum(len(phrase.tokens) for phrase in phrases) - max_length
+    was_cut = excess > 0
+    ordered = phrases if side == "left" else phrases[::-1]
+    kept = []
+    for phrase in ordered:
+        drop = min(max(excess, 0), len(phrase.tokens))
+        excess -= drop
+        tokens = phrase.tokens[drop:] if side == "left" else phrase.tokens[: len(phrase.tokens) - drop]
+        if tokens:
+            kept.append(Phrase(phrase.is_output, tokens))
+    return (kept if side == "left" else kept[::-1]), was_cut
+
+
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    whole = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return whole[:first]
+    return []
