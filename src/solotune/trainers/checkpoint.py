@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -272,7 +274,11 @@ def _optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], saved_gro
         for name, value in own.items():
             if not is_like(saved[name], value):
                 raise ValueError(f"its optimizer has {name} = {saved[name]!r}"[:200])
-        merged.append({**saved, "betas": tuple(saved["betas"])} if "betas" in saved else saved)
+        group = {**saved, "betas": tuple(saved["betas"])} if "betas" in saved else saved
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.SGD):  # torch checks ranges where one is made
+            taken = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+            type(optimizer)([torch.zeros(1)], **{name: group[name] for name in taken - {"fused"}})
+        merged.append(group)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
@@ -281,8 +287,11 @@ def _optimizer_state(optimizer: Optimizer, tensors: dict[str, Tensor], saved_gro
             shape = parameters[int(index)].shape  # an IndexError where there is no such parameter
             if key in _LIKE_PARAMETER and not (tensor.shape == shape and tensor.is_floating_point()):
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the parameter has {tuple(shape)}")
-            if key == "step" and tensor.numel() != 1:
-                raise ValueError(f"{name} is no number")
+            is_adam = isinstance(optimizer, torch.optim.Adam)
+            if key == "step" and not (tensor.numel() == 1 and 0 <= float(tensor) < math.inf):
+                raise ValueError(f"{name} is no number of steps")
+            if key == "step" and is_adam and not (tensor.dim() == 0 and tensor.is_floating_point()):
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, no float")
             outer, slash, inner = key.partition("/")
             entry = state.setdefault(int(index), {})
             if slash:

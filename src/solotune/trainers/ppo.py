@@ -378,6 +378,9 @@ class PPOTrainer(Trainer):
         super().load_state(state)
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
-        self.ref_std = None if state["ref_std"] is None else float(state["ref_std"])
+        ref_std = state["ref_std"]
+        if not (ref_std is None or 0 < float(ref_std) < math.inf):
+            raise ValueError(f"ref_std = {ref_std}: this is not of a run")
+        self.ref_std = None if ref_std is None else float(ref_std)
         if state["unfinished"] is not None:
             self.round = Round.restored(state["unfinished"], state["tensors"], self.device)
