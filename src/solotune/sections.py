@@ -193,6 +193,7 @@ class ModelConfig(Section):
     """Which model, and which part of it is trained.
 
     model_path: hub id or folder; from Python also a transformers config (random weights) or model object.
+    model_arch_type: seq2seq for an encoder-decoder (T5), whose blocks that are counted and adapted are the decoder's.
     num_layers_unfrozen: -1 everything, k > 0 the last k blocks. LoRA: `delta_kwargs` (trlX v0.4-0.6; on the last
     num_layers_unfrozen blocks) or `peft_config` (PEFT's own settings, as a mapping or an object).
     model_extra_configs: handed to from_pretrained (dtype, trust_remote_code). architecture: keys of the transformers
@@ -210,6 +211,11 @@ class ModelConfig(Section):
     delta_kwargs: Annotated[dict[str, Any] | None, PlainValidator(_delta_kwargs)] = None
     architecture: Annotated[dict[str, Any] | None, PlainValidator(_architecture)] = None
     quantization: Literal["nf4", "int8"] | None = None
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder, whose outputs do not continue their prompts."""
+        return self.model_arch_type == "seq2seq"
 
     def check(self) -> None:
         if self.quantization is not None and self.delta_kwargs is None and self.peft_config is None:

@@ -9,6 +9,7 @@ from transformers import BertForSequenceClassification
 
 from tests.rewards.words import bert_config, save, word_tokenizer
 from tests.tiny import save_tiny
+from tests.tiny_seq2seq import save_tiny_seq2seq
 
 REVIEWS = ["the film was a great story with fine actors", "the plot is dull and the film was awful to sit through"]
 
@@ -23,10 +24,11 @@ def in_hub(home: Path, name: str) -> Path:
 
 
 def fill_hub(home: Path) -> Path:
-    """`facebook/opt-1.3b`, `lvwerra/gpt2-imdb`, `gpt2` and the sentiment classifier of the examples."""
+    """`facebook/opt-1.3b`, `lvwerra/gpt2-imdb`, `gpt2`, `lvwerra/t5-imdb` and the sentiment classifier."""
     save_tiny(in_hub(home, "facebook/opt-1.3b"), "opt", max_position_embeddings=2048)
     for name in ("lvwerra/gpt2-imdb", "gpt2"):
         save_tiny(in_hub(home, name), "gpt2", n_positions=1024)
+    save_tiny_seq2seq(in_hub(home, "lvwerra/t5-imdb"), num_layers=3)
     torch.manual_seed(0)
     labels = {0: "NEGATIVE", 1: "POSITIVE"}
     config = bert_config(id2label=labels, label2id={name: index for index, name in labels.items()})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import solotune
 import solotune.compat.trlx
@@ -14,6 +14,7 @@ from solotune.compat import shims
 from solotune.compat.script import install
 from solotune.errors import ConfigError, DataError, NotYetError
 from tests.tiny import byte_tokenizer, save_tiny, tiny_lm
+from tests.tiny_seq2seq import save_tiny_seq2seq
 
 install()
 
@@ -24,7 +25,8 @@ NAMES = {  # what trlX's examples, its documentation and scripts of its users im
     "default_sft_config default_nemo_20b_config default_nemo_2b_config default_nemo_1_3b_config",
     "trlx.data.method_configs": "MethodConfig register_method get_method",
     "trlx.models.modeling_ppo": "PPOConfig AdaptiveKLController FixedKLController AutoModelForCausalLMWithValueHead "
-    "AutoModelForCausalLMWithHydraValueHead AutoModelForSeq2SeqLMWithValueHead ModelBranch hf_get_branch_class",
+    "AutoModelForCausalLMWithHydraValueHead AutoModelForSeq2SeqLMWithValueHead ModelBranch hf_get_branch_class "
+    "AutoModelForSeq2SeqLMWithHydraValueHead Seq2SeqLMOutputWithValue",
     "trlx.models.modeling_ilql": "ILQLConfig ILQLHeads AutoModelForCausalLMWithILQLHeads batched_index_select "
     "topk_mask",
     "trlx.trainer": "register_trainer BaseRLTrainer",
@@ -71,7 +73,7 @@ def test_what_is_not_there_yet_says_so_when_it_is_used_and_not_before():
         pass
 
     for used in (lambda: Absent(8, 9), lambda: Absent.from_pretrained("x"), lambda: Mine(config=None)):
-        with pytest.raises(NotYetError, match="no ILQL heads yet"):
+        with pytest.raises(NotYetError, match="not there yet"):
             used()
 
 
@@ -259,6 +261,38 @@ def test_value_head_models(tmp_path, peft):
     torch.testing.assert_close(read.logits[kept], tuned.logits[kept], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(read.value[kept], tuned.value[kept], atol=1e-5, rtol=1e-5)
     assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 8)
+
+
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA", "r": 2, "target_modules": ["q"]}], ids=["k", "lora"])
+def test_value_head_models_of_an_encoder_decoder(tmp_path, peft):
+    from trlx.models.modeling_ppo import AutoModelForSeq2SeqLMWithHydraValueHead
+
+    folder = save_tiny_seq2seq(tmp_path / "model", "t5", num_layers=3)
+    load = AutoModelForSeq2SeqLMWithHydraValueHead.from_pretrained
+    model = load(str(folder), num_layers_unfrozen=2, peft_config=peft)
+    ids, decoder_ids = torch.randint(0, 256, (2, 6)), torch.randint(0, 256, (2, 4))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
+    with torch.no_grad():
+        expected = AutoModelForSeq2SeqLM.from_pretrained(folder)(**given).logits
+    out = model(**given)
+    assert out.value.shape == (2, 4)
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.forward_hydra(**given), out.logits)
+    (out.logits.sum() + out.value.sum()).backward()
+    with torch.no_grad():
+        for parameter in model.policy.trainable_parameters():
+            parameter.add_(0.1)
+    tuned = model(**given)
+    assert (tuned.logits - out.logits).abs().max() > 0.01
+    torch.testing.assert_close(model.forward_hydra(**given), expected, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    read = load(str(tmp_path / "saved"), num_layers_unfrozen=2)(**given)
+    torch.testing.assert_close(read.logits, tuned.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.value, tuned.value, atol=1e-4, rtol=1e-4)
+    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 3)
+    with pytest.raises(ConfigError, match="decoder_input_ids is missing"):
+        model(ids)
 
 
 def test_a_model_given_as_one(tmp_path):

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from solotune.cli import app
@@ -146,6 +147,21 @@ def test_dense_rewards_metadata_metrics_stop_strings_a_sweep_and_a_value_branch(
     branch = load_file(run / "model" / "value_head.safetensors")
     assert any(name.startswith("value_branch.blocks.0") for name in branch)
     AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+def test_an_encoder_decoder(run_script, tmp_path):
+    hparams = {"train.total_steps": 4, "train.tracker": None, "method.num_rollouts": 24, "method.ppo_epochs": 2,
+               "method.gen_kwargs.max_new_tokens": 8}  # fmt: skip
+    out, err = run_script("ppo_sentiments_t5.py", hparams)
+    assert "generated (1, 6)" in out, "the start token and five more"
+    assert "tokenizer.padding_side" in out + err
+    run = tmp_path / "ckpts" / "ppo_sentiments_t5"
+    (row,) = read_lines(run / "metrics.jsonl")
+    assert (row["rollout/response_tokens"], row["rollout/finished"]) == (8, 0)
+    assert row["rollout/logprob_gap"] < 1e-4
+    assert json.loads((run / "summary.json").read_text())["metrics"]["same"] == 1.0
+    tuned, saved = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (tmp_path / "tuned", run / "model"))
+    assert all(map(torch.equal, tuned.parameters(), saved.parameters()))
 
 
 OFFLINE_STEPS = {"train.total_steps": 4, "train.eval_interval": 2, "train.batch_size": 8, "train.tracker": None,

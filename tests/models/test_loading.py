@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from solotune.config import TokenizerConfig
-from solotune.errors import ModelError, NotYetError
+from solotune.errors import ModelError
 from solotune.models.loading import build_policy, load_tokenizer
 from tests.tiny import byte_tokenizer, tiny_lm, tiny_ppo_config
 
@@ -33,11 +33,6 @@ def test_pickled_weights_are_refused_and_never_read(tiny_folder, tmp_path):
 def test_a_wrong_dtype_is_named(tiny_folder):
     with pytest.raises(ModelError, match="'int8'; allowed are float32"):
         build_policy(tiny_ppo_config(tiny_folder, model={"model_extra_configs": {"dtype": "int8"}}))
-
-
-def test_encoder_decoders_are_not_there_yet(tiny_folder):
-    with pytest.raises(NotYetError, match="'seq2seq' is not there yet"):
-        build_policy(tiny_ppo_config(tiny_folder, model={"model_arch_type": "seq2seq"}))
 
 
 def test_frozen_weights_take_the_dtype_and_trained_ones_stay_fp32(tiny_folder):

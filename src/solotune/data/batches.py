@@ -28,6 +28,7 @@ class Batch(NamedTuple):
         counts_N: False on the tokens of a row that only stands in for one a process does not have.
         sample_N: which of the batch's samples each belongs to.
         is_packed: whether a row holds several samples.
+        encoder_ids_RE, encoder_mask_RE: an encoder-decoder's prompts, right-padded, and True on their tokens.
     """
 
     ids_RS: Tensor
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     counts_N: Tensor
     sample_N: Tensor
     is_packed: bool
+    encoder_ids_RE: Tensor | None = None
+    encoder_mask_RE: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return self._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
@@ -91,8 +94,19 @@ def collate(samples: Samples, chosen: Sequence[int], stands_in: Sequence[bool] =
     return Batch(
         ids_RS, segments_RS, positions_RS, slots_M, torch.tensor(picks),
         torch.tensor(targets), torch.tensor(last), torch.tensor(counts), torch.tensor(owners),
-        any(len(row) > 1 for row in rows),
+        any(len(row) > 1 for row in rows), *_prompts(samples, chosen),
     )  # fmt: skip
+
+
+def _prompts(samples: Samples, chosen: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """What an encoder is given, right-padded, and its mask; None where the model has none."""
+    if not samples.prompts:
+        return None, None
+    lengths_R = torch.tensor([len(samples.prompts[index]) for index in chosen])
+    mask_RE = torch.arange(int(lengths_R.max())) < lengths_R[:, None]
+    ids_RE = torch.zeros(mask_RE.shape, dtype=torch.long)
+    ids_RE[mask_RE] = torch.tensor([token for index in chosen for token in samples.prompts[index]])
+    return ids_RE, mask_RE
 
 
 def _packed(lengths: list[int], width: int) -> list[list[int]]:

@@ -35,14 +35,21 @@ class Samples:
         ids: token ids of each.
         is_output: of each of its tokens, whether it belongs to an output.
         index: which of the given samples each is: those with nothing to learn are left out.
+        prompts: for an encoder-decoder, what the encoder is given of each; `ids` are then the decoder's alone, with a
+            place for its start token before them.
     """
 
     ids: list[list[int]] = field(default_factory=list)
     is_output: list[list[bool]] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def positions(self, index: int) -> int:
+        """Positions that are fed to the model for one sample: all of its tokens but the last, and its prompt's."""
+        return len(self.ids[index]) - 1 + (len(self.prompts[index]) if self.prompts else 0)
 
 
 def tokenize_dialogue(
@@ -99,6 +106,66 @@ def encode_samples(
         left_out = len(samples) - len(found)
         log.warning("%d of %d samples have no output token left to learn and are left out", left_out, len(samples))
     return found
+
+
+def encode_pairs(
+    samples: Sequence[str | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    add_special_tokens: bool = True,
+) -> Samples:
+    """Token ids of [prompt, output] pairs for an encoder-decoder; an output ends in one EOS.
+
+    A prompt and an output may have `max_length` tokens each. What has more is cut at the tokenizer's `truncation_side`,
+    a prompt before the end that the tokenizer gives it; one line says how many are.
+
+    Args:
+        add_special_tokens: give the prompt what the tokenizer puts around a text (T5: its EOS).
+    Raises:
+        DataError: there are none, or one is no pair of texts, of which both have tokens (its index is named).
+    """
+    if len(samples) == 0:
+        raise DataError("there are no samples: give at least one [prompt, output]")
+    texts = [_texts(sample, index) for index, sample in enumerate(samples)]
+    for index, pair in enumerate(texts):
+        if len(pair) != 2 or not all(pair):
+            raise DataError(
+                f"sample {index} is {samples[index]!r}: an encoder-decoder learns from [prompt, output], two texts "
+                "that are not empty"
+            )
+    columns = [[pair[place] for pair in texts] for place in (0, 1)]
+    plain, outputs = (tokenizer(column, add_special_tokens=False)["input_ids"] for column in columns)
+    whole = tokenizer(columns[0], add_special_tokens=add_special_tokens)["input_ids"]
+    found, n_cut, eos = Samples(), 0, tokenizer.eos_token_id
+    for index, (prompt, bare, output) in enumerate(zip(whole, plain, outputs, strict=True)):
+        ended = [*output, eos] if eos is not None and list(output[-1:]) != [eos] else list(output)
+        short = _shortened(list(bare), max_length - (len(prompt) - len(bare)), tokenizer)
+        around = _around(list(prompt), list(bare))
+        kept = _shortened(ended, max_length, tokenizer)
+        n_cut += len(short) < len(bare) or len(kept) < len(ended)
+        found.prompts.append([*around[0], *short, *around[1]])
+        found.ids.append([0, *kept])  # the model puts its start token in the first place
+        found.is_output.append([False] + [True] * len(kept))
+        found.index.append(index)
+    if n_cut:
+        log.info(
+            "%d of %d samples have more than train.seq_length = %d tokens and are cut on the %s",
+            n_cut, len(samples), max_length, tokenizer.truncation_side,
+        )  # fmt: skip
+    return found
+
+
+def _shortened(tokens: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    room = max(room, 0)
+    return tokens[max(len(tokens) - room, 0) :] if tokenizer.truncation_side == "left" else tokens[:room]
+
+
+def _around(whole: list[int], plain: list[int]) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text."""
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return whole[:first], whole[first + len(plain) :]
+    return [], []
 
 
 def checked_rewards(rewards: Any, n_samples: int) -> list[float]:
@@ -205,7 +272,4 @@ def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
     whole = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
-    for first in range(len(whole) - len(plain) + 1):
-        if whole[first : first + len(plain)] == plain:
-            return whole[:first]
-    return []
+    return _around(whole, plain)[0]

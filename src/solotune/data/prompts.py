@@ -161,10 +161,15 @@ def fitting(
 
 
 def cut(
-    prompts: Prompts, tokenizer: "PreTrainedTokenizerBase", max_length: int, add_special_tokens: bool, side: str
+    prompts: Prompts,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    add_special_tokens: bool,
+    side: str,
+    goes_on: bool = True,
 ) -> Prompts:
     """The prompts, cut to `max_length` tokens on one side ("left" keeps the end) as trlX did; says how many were."""
-    rows = encode(prompts, tokenizer, sys.maxsize, add_special_tokens)
+    rows = encode(prompts, tokenizer, sys.maxsize, add_special_tokens, goes_on)
     long = [index for index, row in enumerate(rows) if len(row) > max_length]
     if not long:
         return prompts
@@ -172,9 +177,11 @@ def cut(
     texts = list(prompts.texts)
     for index in long:
         first = rows[index][:1] if rows[index][0] == tokenizer.bos_token_id else []
-        rest = rows[index][len(first) :]
-        kept = rest[len(first) - max_length :] if side == "left" else rest[: max_length - len(first)]
-        rows[index] = first + kept
+        last = rows[index][-1:] if not goes_on and rows[index][-1] == tokenizer.eos_token_id else []
+        rest = rows[index][len(first) : len(rows[index]) - len(last)]
+        room = max_length - len(first) - len(last)
+        kept = rest[len(rest) - room :] if side == "left" else rest[:room]
+        rows[index] = first + kept + last
         texts[index] = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return Prompts(texts, prompts.metadata, rows)
 
@@ -184,13 +191,15 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     add_special_tokens: bool = True,
+    goes_on: bool = True,
 ) -> list[list[int]]:
     """Token ids of each prompt, never truncated.
 
     Args:
         max_length: room for a prompt in tokens, `train.seq_length` less the new tokens.
-        add_special_tokens: let the tokenizer add its own (a BOS); what it adds at the end is dropped, because a prompt
+        add_special_tokens: let the tokenizer add its own (a BOS); what it adds at the end is dropped where a prompt
             goes on.
+        goes_on: the response continues the prompt; False for the input of an encoder.
     Raises:
         DataError: there are no prompts; one has no tokens or more than `max_length`.
     """
@@ -202,7 +211,9 @@ def encode(
             _check_length(index, text, row, max_length)
         return [list(row) for row in prompts.ids]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    if add_special_tokens:
+    if add_special_tokens and not goes_on:
+        rows = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    elif add_special_tokens:
         plain_rows, rows = rows, tokenizer(texts, add_special_tokens=True)["input_ids"]
         rows = [_without_trailing(row, plain) for row, plain in zip(rows, plain_rows, strict=True)]
         dropped = tokenizer(texts[0], add_special_tokens=True)["input_ids"][len(rows[0]) :]

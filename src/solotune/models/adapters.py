@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def lora_config(
             log.info(
                 "model.num_layers_unfrozen=%s is ignored: model.peft_config says what is trained", num_layers_unfrozen
             )
-        return _from_peft(peft_config)
+        return _from_peft(peft_config, _task_type(decoder))
     if delta_kwargs is None:
         return None
     options = dict(delta_kwargs)
@@ -51,21 +53,37 @@ def lora_config(
     modules = options.pop("modified_modules", "all")
     n_blocks = len(decoder.blocks)
     k = n_blocks if num_layers_unfrozen == -1 else num_layers_unfrozen
+    names, blocks = _module_names(modules, decoder), range(n_blocks - k, n_blocks)
+    where: dict[str, Any] = {
+        "target_modules": names,
+        "layers_to_transform": list(blocks),
+        "layers_pattern": decoder.list_name,
+    }
+    if decoder.lm.config.is_encoder_decoder:  # PEFT's own pattern would find the encoder's blocks too
+        where = {"target_modules": _pattern(decoder.blocks_name, blocks, names)}
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(decoder),
         r=options.pop("lora_r", 8),
         lora_alpha=options.pop("lora_alpha", 16),
         lora_dropout=options.pop("lora_dropout", 0.0),
-        target_modules=_module_names(modules, decoder),
-        layers_to_transform=list(range(n_blocks - k, n_blocks)),
-        layers_pattern=decoder.list_name,
+        **where,
         **options,
     )
 
 
-def _from_peft(peft_config: dict[str, Any] | PeftConfig) -> LoraConfig:
+def _task_type(decoder: Decoder) -> str:
+    return "SEQ_2_SEQ_LM" if decoder.lm.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _pattern(blocks_name: str, blocks: Iterable[int], names: list[str]) -> str:
+    """A regular expression for layers of some blocks; a name is a path within a block, or its end."""
+    numbers, layers = ("|".join(map(re.escape, map(str, given))) for given in (blocks, names))
+    return rf"{re.escape(blocks_name)}\.(?:{numbers})\.(?:.*\.)?(?:{layers})"
+
+
+def _from_peft(peft_config: dict[str, Any] | PeftConfig, task_type: str) -> LoraConfig:
     if isinstance(peft_config, dict):
-        options = {"task_type": "CAUSAL_LM", "peft_type": "LORA", **peft_config}
+        options = {"task_type": task_type, "peft_type": "LORA", **peft_config}
         try:
             config = get_peft_config(options)
         except (KeyError, TypeError, ValueError) as error:
@@ -74,6 +92,11 @@ def _from_peft(peft_config: dict[str, Any] | PeftConfig) -> LoraConfig:
         config = copy.deepcopy(peft_config)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"model.peft_config: peft_type is {config.peft_type}; allowed is LORA")
+    if config.task_type is not None and config.task_type != task_type:
+        given = getattr(config.task_type, "value", config.task_type)
+        raise ModelError(
+            f"model.peft_config: task_type is {given!r}, but the model's is {task_type!r}; set that, or leave it out"
+        )
     if config.bias != "none":
         raise ModelError(
             f"model.peft_config: bias is {config.bias!r}; allowed is 'none' (PEFT does not switch trained biases off "

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from solotune.errors import ModelError
 from solotune.files import links_out, named, whole_folder
+from solotune.models.loading import auto_class
 
 log = logging.getLogger("solotune")
 
@@ -46,7 +47,7 @@ def merge_adapter(run: Path, target: Path) -> Path:
     except Exception as error:  # somebody else's files: peft and transformers raise whatever they stumble over
         raise ModelError(f"the adapter in {str(source)!r} cannot be read: {_reason(error)}") from error
     try:
-        lm = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+        lm = auto_class(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the adapter in {str(source)!r} belongs to {base!r}, which cannot be loaded: {_reason(error)}"

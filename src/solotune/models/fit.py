@@ -75,6 +75,8 @@ def fit(config: TRLConfig) -> Fit:
         ConfigError, ModelError: the recipe cannot be read or its model's configuration is not found.
     """
     method, train = config.method, config.train
+    if config.model.is_seq2seq:
+        raise ConfigError("model.model_arch_type = 'seq2seq': `solotune fit` counts decoders alone, so far")
     is_adapted = config.model.delta_kwargs is not None or config.model.peft_config is not None
     policy = build_policy(config, meta=True, meta_dtype=torch.bfloat16 if is_adapted else torch.float32)
     text_config: Any = policy.decoder.module.config

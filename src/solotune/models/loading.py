@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from solotune.data.assets import resolve
-from solotune.errors import MissingExtraError, ModelError, NotYetError
+from solotune.errors import MissingExtraError, ModelError
 from solotune.models.adapters import (
     check_block_count,
     lora_config,
@@ -31,12 +32,17 @@ from solotune.models.adapters import (
 from solotune.models.ilql import ILQLModel
 from solotune.models.offline import OfflineModel
 from solotune.models.policy import PolicyModel, ValueBranch
+from solotune.models.seq2seq import Seq2SeqPolicy
+from solotune.models.seq2seq_offline import Seq2SeqILQLModel, Seq2SeqOfflineModel
 from solotune.models.split import Decoder
 
 if TYPE_CHECKING:
     from solotune.config import ModelConfig, TokenizerConfig, TRLConfig
 
 log = logging.getLogger("solotune")
+
+ENCODER_DECODERS = ("bart", "mt5", "t5", "umt5")
+"""Encoder-decoders whose resumed decoder is tested to give what their own forward gives."""
 
 
 def build_policy(
@@ -55,8 +61,6 @@ def build_policy(
         ModelError: the model is not found, has no safetensors, has too few blocks, or the adapter does not fit.
     """
     model = config.model
-    if model.model_arch_type != "causal":
-        raise NotYetError(f"model.model_arch_type: {model.model_arch_type!r} is not there yet; allowed is 'causal'")
     lm = _empty_model(model, meta_dtype) if meta else _load(model, _dtype(model, device), device)
     decoder = Decoder(lm)
     check_block_count(model.num_layers_unfrozen, decoder)
@@ -85,15 +89,23 @@ def build_policy(
         to_trainable_dtype(module)
     if not any(p.requires_grad for p in backbone.parameters()) and (adapter is not None or learner != "q"):
         raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
+    two_qs, checkpointing = bool(getattr(config.method, "two_qs", True)), config.train.gradient_checkpointing
     if learner == "q":
-        return ILQLModel(backbone, bool(getattr(config.method, "two_qs", True)), config.train.gradient_checkpointing)
+        return (Seq2SeqILQLModel if model.is_seq2seq else ILQLModel)(backbone, two_qs, checkpointing)
     if learner == "none":
-        return OfflineModel(backbone, config.train.gradient_checkpointing)
-    return PolicyModel(backbone, config.train.gradient_checkpointing, value_branch)
+        return (Seq2SeqOfflineModel if model.is_seq2seq else OfflineModel)(backbone, checkpointing)
+    if model.is_seq2seq:
+        return Seq2SeqPolicy(backbone, checkpointing)
+    return PolicyModel(backbone, checkpointing, value_branch)
 
 
 def _value_branch(config: TRLConfig, decoder: Decoder) -> ValueBranch | None:
     n_blocks = getattr(config.method, "num_value_layers_unfrozen", 0)
+    if n_blocks and config.model.is_seq2seq:
+        raise ModelError(
+            f"method.num_value_layers_unfrozen = {n_blocks}: an encoder-decoder's critic has no blocks of its own; "
+            "allowed is 0 (it reads the policy)"
+        )
     if n_blocks >= len(decoder.blocks):
         raise ModelError(
             f"method.num_value_layers_unfrozen = {n_blocks}, but {type(decoder.lm).__name__} has "
@@ -153,17 +165,22 @@ def _dtype(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
 def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
     given = model.model_path
     if isinstance(given, PreTrainedModel):
+        auto_class(given.config, model.model_arch_type)
         return given.to(device)  # type: ignore[arg-type]
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
     options.setdefault("trust_remote_code", False)
     if model.quantization is not None:
         options |= _quantized(model.quantization, dtype, device)
     if isinstance(given, PretrainedConfig):
-        lm: Any = AutoModelForCausalLM.from_config(given, dtype=dtype, **options)
+        lm: Any = auto_class(given, model.model_arch_type).from_config(given, dtype=dtype, **options)
         return lm.to(device)
     path = resolve(given)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=options["trust_remote_code"])
+        kind = auto_class(config, model.model_arch_type)
+        lm = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except ModelError:  # a ValueError as well
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(_load_failure(given, error)) from error
     if model.quantization is None:
@@ -240,7 +257,29 @@ def _empty_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
                 "config.json, a name on the hub, or a model.architecture mapping"
             ) from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config, model.model_arch_type).from_config(config, dtype=dtype)
+
+
+def auto_class(config: PretrainedConfig, arch_type: str | None = None) -> Any:
+    """The class that loads a model of this configuration: an encoder-decoder's, or a causal language model's.
+
+    Raises:
+        ModelError: it is not of the kind that `model.model_arch_type` says, or an encoder-decoder of another kind than
+            those below.
+    """
+    found = "seq2seq" if config.is_encoder_decoder else "causal"
+    if arch_type not in (None, found):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal language model"
+        raise ModelError(
+            f"model.model_arch_type is {arch_type!r}, but model.model_path is {kind} ({config.model_type}); set it to "
+            f"{found!r}, or name another model"
+        )
+    if arch_type == "seq2seq" and config.model_type not in ENCODER_DECODERS:
+        raise ModelError(
+            f"model.model_path: encoder-decoders of the kind {config.model_type!r} are not supported; allowed are "
+            f"{', '.join(ENCODER_DECODERS)} (T5 1.1 and Flan-T5 are of the kind t5)"
+        )
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def versions() -> dict[str, str]:

@@ -55,16 +55,20 @@ class OfflineModel(PolicyModel):
         inputs: dict[str, Any] = {"attention_mask": self._masks(batch), "use_cache": False}
         if self.top.takes_positions:
             inputs["position_ids"] = batch.positions_RS
+        return batch.gathered(self._entering(batch.ids_RS, inputs))
+
+    def _entering(self, ids_RS: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What enters the lowest trained block, (R, S, H); nothing above it runs."""
         with self._recording() as take_trunk:
             assert take_trunk is not None, "nothing is frozen below the trained blocks"
             self._exits = True
             try:
-                self.decoder.module(input_ids=batch.ids_RS, **inputs)
+                self.decoder.module(input_ids=ids_RS, **inputs)
             except _Reached:
                 pass
             finally:
                 self._exits = False
-            return batch.gathered(take_trunk())
+            return take_trunk()
 
     def _exit(self, module: nn.Module, args: tuple) -> None:
         if self._exits:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
-from solotune.models.split import Decoder, Head, InputRecorder, Top, cast_input, hidden_dtype
+from solotune.models.split import Decoder, Encoded, Head, InputRecorder, Top, cast_input, hidden_dtype
 from solotune.rollout.generate import generate
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
@@ -310,8 +310,12 @@ class PolicyModel(nn.Module):
         if self._checkpointing:
             top.train(torch.is_grad_enabled())
         trunk_bSH = rollouts.trunk_NSH if given is None else given.take()
-        hidden_bSH = top(trunk_bSH, ids_bS, mask_bS, positions_bS)
+        hidden_bSH = top(trunk_bSH, ids_bS, mask_bS, positions_bS, self._encoded(rollouts, top))
         return hidden_bSH[:, rollouts.prompt_width - 1 :]
+
+    def _encoded(self, rollouts: Rollouts, top: Top) -> Encoded | None:
+        """What the blocks attend to beside the tokens; see `models.seq2seq`."""
+        return None
 
     def _logprobs(
         self, hidden_bTH: Tensor, rollouts: Rollouts, temperature: float, head: Head, entropy: bool

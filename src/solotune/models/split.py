@@ -15,27 +15,40 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from solotune.errors import ModelError
 
 
+class Encoded(NamedTuple):
+    """What an encoder-decoder's blocks attend to: the encoder's output, (B, E, H), and True on its tokens, (B, E)."""
+
+    hidden_BEH: Tensor
+    mask_BE: Tensor
+
+
 class Decoder:
-    """Where a causal language model keeps its blocks.
+    """Where a language model keeps its blocks; of an encoder-decoder, those of the decoder.
 
     Args:
-        lm: a `...ForCausalLM`; LoRA layers may already be injected.
+        lm: a `...ForCausalLM` or an encoder-decoder; LoRA layers may already be injected.
     Raises:
         ModelError: no list of `config.num_hidden_layers` blocks is found.
     """
 
     def __init__(self, lm: PreTrainedModel):
         self.lm = lm
+        if lm.config.is_encoder_decoder:
+            decoder = lm.get_decoder()
+            self.name = next(name for name, module in lm.named_modules() if module is decoder)
+            self.list_name = next(name for name, m in decoder.named_children() if isinstance(m, nn.ModuleList))
+            self.blocks_name = f"{self.name}.{self.list_name}"
+            return
         n_blocks = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
         lists = [
             name for name, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks and name != ""
@@ -161,7 +174,7 @@ class Top:
             return
         own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
         self._dtype = hidden_dtype(own[0])
-        own[0] = _without_hooks(own[0])
+        own[0] = _without_hooks(_with_position_bias(own[0], decoder.blocks[0]))
         own[0].register_forward_pre_hook(self._replace, with_kwargs=True)
         self._module = _shallow_copy(module, {decoder.list_name: nn.ModuleList(own), **(norms or {})})
         self._module.__dict__["config"] = _cut_config(module.config, start)
@@ -177,12 +190,21 @@ class Top:
         """Set training mode on the blocks of the top: gradient checkpointing is active in it alone."""
         self._module.train(mode)
 
-    def __call__(self, trunk_BTH: Tensor | None, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
-        """Hidden states after the final norm, (B, T, H).
+    def __call__(
+        self,
+        trunk_BTH: Tensor | None,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        positions_BT: Tensor,
+        encoded: Encoded | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, H); the decoder of an encoder-decoder needs `encoded`.
 
         The trunk's output is kept until the next call, because gradient checkpointing runs the blocks a second time.
         """
         inputs: dict = {"attention_mask": mask_BT, "use_cache": False}
+        if encoded is not None:
+            inputs |= {"encoder_hidden_states": encoded.hidden_BEH, "encoder_attention_mask": encoded.mask_BE.long()}
         if self.takes_positions:
             inputs["position_ids"] = positions_BT
         if self.start == 0:
@@ -201,19 +223,18 @@ class Head:
 
     def __init__(self, lm: PreTrainedModel, decoder_name: str):
         self._answer = _GivenHidden()
-        replaced: nn.Module = self._answer
-        path = decoder_name.split(".")
-        for depth in reversed(range(len(path))):
-            parent = lm.get_submodule(".".join(path[:depth]))
-            replaced = _shallow_copy(parent, {path[depth]: replaced})
-        self._lm = replaced
+        self._lm = _with_replaced(lm, decoder_name, self._answer)
         self._dtype = cast(nn.Linear, lm.get_output_embeddings()).weight.dtype
+        self._has_encoder = lm.config.is_encoder_decoder
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of hidden states after the final norm, (N, H)."""
-        self._answer.hidden = hidden_NH.to(self._dtype).unsqueeze(0)
+        self._answer.hidden = hidden = hidden_NH.to(self._dtype).unsqueeze(0)
+        inputs: dict[str, Any] = {"inputs_embeds": hidden}
+        if self._has_encoder:  # it is not run, and nobody looks at what it gave
+            inputs = {"decoder_inputs_embeds": hidden, "encoder_outputs": BaseModelOutput(hidden)}  # type: ignore[arg-type]
         try:
-            return self._lm(inputs_embeds=self._answer.hidden, use_cache=False).logits.squeeze(0)
+            return self._lm(**inputs, use_cache=False).logits.squeeze(0)
         finally:
             self._answer.hidden = None
 
@@ -230,6 +251,30 @@ def _shallow_copy(module: nn.Module, replaced_children: dict[str, nn.Module]) ->
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {**module._modules, **replaced_children}
     return twin
+
+
+def _with_replaced(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    """A module of the root's class that shares every tensor, with the module at a dotted path replaced."""
+    names = path.split(".")
+    for depth in reversed(range(len(names))):
+        replacement = _shallow_copy(root.get_submodule(".".join(names[:depth])), {names[depth]: replacement})
+    return replacement
+
+
+def _with_position_bias(block: nn.Module, lowest: nn.Module) -> nn.Module:
+    """The block, or a copy that shares every tensor and makes the position bias which T5 hands from block to block.
+
+    There the lowest block alone has the table of relative positions; a top without it would attend without positions.
+    """
+    for name, attention in lowest.named_modules():
+        if not getattr(attention, "has_relative_attention_bias", False):
+            continue
+        own = block.get_submodule(name)
+        if not own.has_relative_attention_bias:
+            lent = _shallow_copy(own, {"relative_attention_bias": cast(nn.Module, attention.relative_attention_bias)})
+            lent.__dict__["has_relative_attention_bias"] = True
+            block = _with_replaced(block, name, lent)
+    return block
 
 
 def _without_hooks(block: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from solotune.errors import ConfigError
-from solotune.rollout.records import FinishReason, Rollouts, positions_of
+from solotune.rollout.records import FinishReason, Rollouts
 from solotune.rollout.sampler import FindStop
 from solotune.rollout.settings import SamplingSettings
 
@@ -42,11 +42,32 @@ def generate(
     Raises:
         ConfigError: transformers refuses the arguments, or they do not give one response a prompt.
     """
+    sequences_BS = sequences_of(lm, prompt_ids_BP, prompt_mask_BP, uniforms_BT, settings, pad_token_id)
+    response_ids_BT = sequences_BS[:, prompt_ids_BP.shape[1] :]
+    rollouts = as_rollouts(
+        prompt_ids_BP, prompt_mask_BP, response_ids_BT, prompt_index_B, settings, pad_token_id, find_stop
+    )
+    if take_trunk is None:
+        return rollouts
+    ids_BS, mask_BS, positions_BS = rollouts.inputs
+    positions = {"position_ids": positions_BS} if _takes_positions(lm) else {}
+    lm(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1, **positions)
+    return rollouts._replace(trunk_NSH=take_trunk())
+
+
+def sequences_of(
+    lm: PreTrainedModel,
+    prompt_ids_BP: Tensor,
+    prompt_mask_BP: Tensor,
+    uniforms_BT: Tensor,
+    settings: SamplingSettings,
+    pad_token_id: int,
+) -> Tensor:
+    """What `transformers.generate` returns, (B, S); see `generate` for its random numbers and errors."""
     names = tuple(sorted(settings.other))
     if names not in _told:
         _told.add(names)
         log.info("method.gen_kwargs: %s handed to transformers.generate, which is slower", ", ".join(names))
-    n_rows, width_P = prompt_ids_BP.shape
     with torch.random.fork_rng(devices=[prompt_ids_BP.device] if prompt_ids_BP.is_cuda else []):
         torch.manual_seed(int(uniforms_BT.sum() * 2**32) if uniforms_BT.numel() else 0)
         try:
@@ -67,21 +88,29 @@ def generate(
             raise ConfigError(
                 f"method.gen_kwargs: transformers.generate refused {settings.other!r}: {error}"
             ) from error
-    if len(sequences_BS) != n_rows:
+    found, wanted = len(sequences_BS), len(prompt_ids_BP)
+    if found != wanted:
         raise ConfigError(
-            f"method.gen_kwargs {settings.other!r} gave {len(sequences_BS)} responses for {n_rows} prompts; allowed is "
+            f"method.gen_kwargs {settings.other!r} gave {found} responses for {wanted} prompts; allowed is "
             "one each (repeat the prompts instead)"
         )
-    response_ids_BT = sequences_BS[:, width_P:]
+    return sequences_BS
+
+
+def as_rollouts(
+    prompt_ids_BP: Tensor,
+    prompt_mask_BP: Tensor,
+    response_ids_BT: Tensor,
+    prompt_index_B: Tensor,
+    settings: SamplingSettings,
+    pad_token_id: int,
+    find_stop: FindStop | None = None,
+) -> Rollouts:
+    """Responses that were made elsewhere, cut where they end; their log-probabilities are not known (NaN)."""
     lengths_B, finish_B = ends_of(response_ids_BT, settings, find_stop)
-    width_T = int(lengths_B.max()) if n_rows else 0
+    width_T = int(lengths_B.max()) if len(lengths_B) else 0
     response_mask_BT = torch.arange(width_T, device=response_ids_BT.device) < lengths_B[:, None]
     response_ids_BT = response_ids_BT[:, :width_T].masked_fill(~response_mask_BT, pad_token_id)
-    mask_BS = torch.cat([prompt_mask_BP.bool(), response_mask_BT[:, :-1]], dim=1).long()
-    positions = {"position_ids": positions_of(mask_BS)} if _takes_positions(lm) else {}
-    if take_trunk is not None:
-        ids_BS = torch.cat([prompt_ids_BP, response_ids_BT[:, :-1]], dim=1)
-        lm(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1, **positions)
     return Rollouts(
         prompt_ids_NP=prompt_ids_BP,
         prompt_mask_NP=prompt_mask_BP.bool(),
@@ -90,7 +119,7 @@ def generate(
         sample_logprobs_NT=torch.full(response_ids_BT.shape, torch.nan, device=response_ids_BT.device),
         finish_N=finish_B,
         prompt_index_N=prompt_index_B,
-        trunk_NSH=None if take_trunk is None else take_trunk(),
+        trunk_NSH=None,
     )
 
 

@@ -1,7 +1,10 @@
 """What sampling produces and what everything after it reads.
 
 Shapes: N rollouts, P padded prompt length, T padded response length, S = P + T - 1 positions that are fed to the model
-(the last sampled token never is), H hidden.
+(the last sampled token never is), H hidden, E padded input length of an encoder.
+
+An encoder-decoder's response begins where its decoder does: its "prompt" is the decoder's start token (P = 1), and what
+it answers stands in the encoder's fields.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class Rollouts(NamedTuple):
     """Sampled responses as token ids; text is decoded for the reward function only and never read back.
 
     Args:
-        prompt_ids_NP: left-padded prompts, int64.
+        prompt_ids_NP: left-padded prompts, int64; of an encoder-decoder the decoder's start token.
         prompt_mask_NP: True on prompt tokens.
         response_ids_NT: right-padded responses, int64.
         response_mask_NT: True on sampled tokens, the first EOS included; a row is a run of True followed by False.
@@ -34,6 +37,9 @@ class Rollouts(NamedTuple):
         prompt_index_N: which prompt of the data set a row answers, int64.
         trunk_NSH: what entered the lowest trained block, or None where the whole model is run from ids; it may lie in
             host memory while the rest is on the GPU.
+        encoder_ids_NE: right-padded prompts of an encoder-decoder, int64.
+        encoder_mask_NE: True on their tokens.
+        encoder_hidden_NEH: the encoder's output, or None where the encoder is trained and run from ids.
     """
 
     prompt_ids_NP: Tensor
@@ -44,6 +50,9 @@ class Rollouts(NamedTuple):
     finish_N: Tensor
     prompt_index_N: Tensor
     trunk_NSH: Tensor | None
+    encoder_ids_NE: Tensor | None = None
+    encoder_mask_NE: Tensor | None = None
+    encoder_hidden_NEH: Tensor | None = None
 
     @property
     def n_rollouts(self) -> int:
@@ -76,6 +85,12 @@ class Rollouts(NamedTuple):
         """The same with the trunk in host memory."""
         return self._replace(trunk_NSH=None if self.trunk_NSH is None else self.trunk_NSH.cpu())
 
+    def prompt_tokens(self, row: int) -> list[int]:
+        """The token ids of the prompt that one row answers."""
+        if self.encoder_ids_NE is not None and self.encoder_mask_NE is not None:
+            return self.encoder_ids_NE[row][self.encoder_mask_NE[row]].tolist()
+        return self.prompt_ids_NP[row][self.prompt_mask_NP[row]].tolist()
+
     def response_tokens(self, row: int) -> list[int]:
         """The sampled token ids of one row."""
         return self.response_ids_NT[row][self.response_mask_NT[row]].tolist()
@@ -102,6 +117,8 @@ def concatenate(parts: list[Rollouts], pad_token_id: int) -> Rollouts:
     width_P = max(part.prompt_width for part in parts)
     width_T = max(part.response_ids_NT.shape[1] for part in parts)
     padded = [_pad(part, width_P - part.prompt_width, width_T, pad_token_id) for part in parts]
+    if parts[0].encoder_ids_NE is not None:
+        padded = _pad_encoders(padded, pad_token_id)
     columns = zip(*padded, strict=True)
     return Rollouts._make(None if column[0] is None else torch.cat(column) for column in columns)
 
@@ -118,3 +135,22 @@ def _pad(part: Rollouts, left: int, width_T: int, pad_token_id: int) -> Rollouts
         sample_logprobs_NT=pad(part.sample_logprobs_NT, (0, right)),
         trunk_NSH=None if trunk is None else pad(trunk, (0, 0, left, right)),
     )
+
+
+def _pad_encoders(parts: list[Rollouts], pad_token_id: int) -> list[Rollouts]:
+    pad = torch.nn.functional.pad
+    inputs = [(part.encoder_ids_NE, part.encoder_mask_NE, part.encoder_hidden_NEH) for part in parts]
+    width_E = max(ids.shape[1] for ids, _, _ in inputs if ids is not None)
+    padded = []
+    for part, (ids, mask, hidden) in zip(parts, inputs, strict=True):
+        assert ids is not None
+        assert mask is not None
+        right = width_E - ids.shape[1]
+        padded.append(
+            part._replace(
+                encoder_ids_NE=pad(ids, (0, right), value=pad_token_id),
+                encoder_mask_NE=pad(mask, (0, right)),
+                encoder_hidden_NEH=None if hidden is None else pad(hidden, (0, 0, 0, right)),
+            )
+        )
+    return padded

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ def sample(
     pad_token_id: int,
     take_trunk: Callable[[], Tensor] | None = None,
     find_stop: FindStop | None = None,
+    cache: Any = None,
 ) -> Rollouts:
     """Sample one response a row.
 
@@ -55,6 +57,7 @@ def sample(
         pad_token_id: what stands behind a finished response.
         take_trunk: returns the trunk's output of the forward that just ran, (b, t, H); None keeps none.
         find_stop: see `FindStop`; needed with `settings.stop_strings`.
+        cache: what the decoder keeps between steps, with a `keep_rows`; default a `SamplingCache`.
     """
     n_rows, width_P = prompt_ids_BP.shape
     device, steps = prompt_ids_BP.device, settings.max_new_tokens
@@ -66,7 +69,8 @@ def sample(
     uniforms_BT = uniforms_BT.to(device)
     trunk_BSH: Tensor | None = None
 
-    cache = SamplingCache(decoder.config.num_hidden_layers, width_P + steps - 1)  # type: ignore[union-attr,arg-type]
+    if cache is None:
+        cache = SamplingCache(decoder.config.num_hidden_layers, width_P + steps - 1)  # type: ignore[union-attr,arg-type]
     forward = _Forward(decoder, head, cache)
     rows_b = torch.arange(n_rows, device=device)  # the rows that are still in the batch
     mask_bS = torch.ones(n_rows, width_P + steps, dtype=torch.long, device=device)
@@ -125,7 +129,7 @@ def sample(
 class _Forward:
     """One step of the model: logits of the last position, (b, V)."""
 
-    def __init__(self, decoder: nn.Module, head: Callable[[Tensor], Tensor], cache: SamplingCache):
+    def __init__(self, decoder: nn.Module, head: Callable[[Tensor], Tensor], cache: Any):
         self._decoder, self._head, self._cache = decoder, head, cache
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
 

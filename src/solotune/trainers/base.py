@@ -27,7 +27,7 @@ from solotune.trainers.evaluation import Evaluation, evaluate
 from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.run_folder import RunFolder
-from solotune.trainers.sampling import PromptSampler, Texts
+from solotune.trainers.sampling import PromptSampler, Texts, separator_of
 from solotune.trainers.scoring import Scorer
 from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
 
@@ -354,8 +354,10 @@ class Trainer(ABC):
     def sampler(self, prompts: Prompts, prompt_ids: list[list[int]], stream: Stream) -> PromptSampler:
         """A sampler over these prompts with random numbers of its own."""
         chunk_size = getattr(self.config.method, "chunk_size", self.config.train.batch_size)
-        seed = self.config.train.seed
-        return PromptSampler(self.policy, self.tokenizer, prompts, prompt_ids, seed, stream, chunk_size, self.device)
+        seed, separator = self.config.train.seed, separator_of(self.config)
+        return PromptSampler(
+            self.policy, self.tokenizer, prompts, prompt_ids, seed, stream, chunk_size, self.device, separator
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON."""
@@ -436,7 +438,8 @@ class Trainer(ABC):
         return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x  # type: ignore[return-value]
 
     def _encode(self, prompts: Prompts) -> list[list[int]]:
-        return encode(prompts, self.tokenizer, self._room, self.config.tokenizer.add_special_tokens)
+        special, goes_on = self.config.tokenizer.add_special_tokens, not self.config.model.is_seq2seq
+        return encode(prompts, self.tokenizer, self._room, special, goes_on)
 
     def _check_vocabulary(self, policy: PolicyModel) -> None:
         embeddings: int = policy.lm.get_input_embeddings().num_embeddings  # type: ignore[assignment]

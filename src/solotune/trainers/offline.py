@@ -23,7 +23,7 @@ from torch import Tensor
 
 from solotune.config import TRLConfig
 from solotune.data.batches import Batch, collate
-from solotune.data.dialogues import encode_samples
+from solotune.data.dialogues import encode_pairs, encode_samples
 from solotune.data.prompts import Prompts
 from solotune.models.loading import load_tokenizer
 from solotune.models.offline import OfflineModel
@@ -62,7 +62,8 @@ class OfflineTrainer(Trainer):
     ):
         tokenizer = load_tokenizer(config.tokenizer)
         special = config.tokenizer.add_special_tokens
-        self.samples = encode_samples(samples, tokenizer, config.train.seq_length, special)
+        encode = encode_pairs if config.model.is_seq2seq else encode_samples
+        self.samples = encode(samples, tokenizer, config.train.seq_length, special)
         accelerator = shared.get("accelerator")
         n_processes = 1 if accelerator is None else accelerator.num_processes
         plan = plan_passes(config, len(self.samples), n_processes)

@@ -129,8 +129,7 @@ class RFTTrainer(Trainer):
         scores_PG = scores_N.view(-1, method.n_generations_per_prompt)
         schedule = percentile_schedule(method.start_percentile, method.end_percentile, method.n_improve_steps)
         distinct = first_of_each(
-            (*rollouts.prompt_ids_NP[row][rollouts.prompt_mask_NP[row]].tolist(), -1, *rollouts.response_tokens(row))
-            for row in range(rollouts.n_rollouts)
+            (*rollouts.prompt_tokens(row), -1, *rollouts.response_tokens(row)) for row in range(rollouts.n_rollouts)
         )
         rows = torch.tensor(distinct)
         rows = rows[rollouts.response_mask_NT.any(-1).cpu()[rows]]

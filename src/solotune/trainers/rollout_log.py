@@ -44,7 +44,7 @@ class RolloutLog:
         """One file with the rollouts of all processes."""
         rows = [
             {
-                "query_tensor": rollouts.prompt_ids_NP[row][rollouts.prompt_mask_NP[row]].tolist(),
+                "query_tensor": rollouts.prompt_tokens(row),
                 "response_tensor": rollouts.response_tokens(row),
                 "prompt": texts.prompts[row],
                 "output": texts.outputs[row],

@@ -385,7 +385,7 @@ def _fitting(prompts: Prompts, recipe: Recipe, tokenizer: Any) -> Prompts:
     room, special = room_for_prompts(recipe.config), recipe.config.tokenizer.add_special_tokens
     if recipe.data.long_prompts == "drop":
         prompts = fitting(prompts, tokenizer, room, special)
-    encode(prompts, tokenizer, room, special)
+    encode(prompts, tokenizer, room, special, goes_on=not recipe.config.model.is_seq2seq)
     return prompts
 
 
@@ -412,8 +412,11 @@ def _prompts(config: TRLConfig, rows: Sequence[Any] | None, tokenizer: Any, batc
     if pipeline is None:
         given = Prompts.from_list(list(rows))
         special, side = config.tokenizer.add_special_tokens, config.tokenizer.truncation_side
-        return cut(given, tokenizer, room_for_prompts(config), special, side) if config.AS_TRLX else given
-    encoded = pipeline(list(rows), room_for_prompts(config), tokenizer)
+        if not config.AS_TRLX:
+            return given
+        return cut(given, tokenizer, room_for_prompts(config), special, side, goes_on=not config.model.is_seq2seq)
+    options = {"add_special_tokens": True} if config.model.is_seq2seq else {}
+    encoded = pipeline(list(rows), room_for_prompts(config), tokenizer, **options)
     items = [dict(encoded[index]) for index in range(len(encoded))]
     ids = [[int(token) for token in item.pop("input_ids")] for item in items]
     names = [name for name in (items[0] if items else {}) if name != "attention_mask"]

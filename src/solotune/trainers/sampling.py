@@ -44,6 +44,14 @@ def has_room(trunk_bytes: float, device: torch.device) -> bool:
     return trunk_bytes <= (torch.cuda.mem_get_info(device)[0] + unused) / 4
 
 
+def separator_of(config: TRLConfig) -> str | None:
+    """What stands between a prompt and its output in a sample: nothing where a response continues its prompt; for an
+    encoder-decoder a space, and in trlX's scripts what trlX put there."""
+    if not config.model.is_seq2seq:
+        return None
+    return "<sep>" if config.AS_TRLX else " "
+
+
 def room_for_prompts(config: TRLConfig) -> int:
     """Tokens a prompt may have: `train.seq_length` less the longest response of rollouts and evaluations."""
     method: Any = config.method
@@ -92,6 +100,8 @@ class PromptSampler:
         prompts: texts and metadata.
         prompt_ids: their token ids.
         stream: which random numbers the rows draw from.
+        separator: what stands between prompt and output in a sample, where an output does not continue its prompt (an
+            encoder-decoder's); None where it does.
     """
 
     def __init__(
@@ -104,7 +114,9 @@ class PromptSampler:
         stream: Stream,
         chunk_size: int,
         device: torch.device,
+        separator: str | None = None,
     ):
+        self._separator = separator
         self._policy, self._tokenizer = policy, tokenizer
         self._prompts, self._prompt_ids = prompts, prompt_ids
         self._seed, self._stream, self._chunk_size, self._device = seed, stream, chunk_size, device
@@ -150,12 +162,14 @@ class PromptSampler:
         outputs: list[str] = []
         finishes = rollouts.finish_N.tolist()
         for row, index in enumerate(rollouts.prompt_index_N.tolist()):
-            prompt = self._decode(self._prompt_ids[index])
-            whole = self._decode(self._prompt_ids[index] + rollouts.response_tokens(row))
+            prompt_ids = self._prompt_ids[index] if self._separator is None else []
+            prompt = self._decode(prompt_ids)
+            whole = self._decode(prompt_ids + rollouts.response_tokens(row))
             output = whole[len(prompt) :] if whole.startswith(prompt) else self._decode(rollouts.response_tokens(row))
             output = cut_at(output, stop_strings)
             outputs.append(output if finishes[row] == FinishReason.LENGTH else output + eos_text)
-        samples = [prompt + output for prompt, output in zip(chosen.texts, outputs, strict=True)]
+        between = self._separator or ""
+        samples = [prompt + between + output for prompt, output in zip(chosen.texts, outputs, strict=True)]
         return Texts(samples, chosen.texts, outputs, chosen.metadata)
 
     def _left_padded(self, indices: list[int]) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,11 @@ class TrunkCache:
         self._samples = samples
         # Neighbours in length, in an order that depends on the data alone: what is computed together then does not
         # depend on when it is computed, and a resumed run has the same bits.
-        self._by_length = sorted(set(own), key=lambda index: (len(samples.ids[index]), index))
+        self._by_length = sorted(set(own), key=lambda index: (samples.positions(index), index))
         self._spans: dict[int, slice] = {}
         total = 0
         for index in self._by_length:
-            length = len(samples.ids[index]) - 1
+            length = samples.positions(index)
             self._spans[index] = slice(total, total + length)
             total += length
         size = total * hidden_size * dtype.itemsize

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 AutoModelForSeq2SeqLMWithILQLHeads = absent(
-    "AutoModelForSeq2SeqLMWithILQLHeads", "encoder-decoders have no ILQL heads yet"
+    "AutoModelForSeq2SeqLMWithILQLHeads", "not there yet; trlx.train with model_arch_type 'seq2seq' has these heads"
 )
 
 

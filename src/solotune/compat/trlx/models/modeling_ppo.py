@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController
 from solotune.compat.shims import absent
 from solotune.config import PPOConfig, default_ppo_config
-from solotune.errors import ModelError
+from solotune.errors import ConfigError, ModelError
 from solotune.models.adapters import switch_off_dropout
-from solotune.models.loading import build_policy
+from solotune.models.loading import auto_class, build_policy
 from solotune.models.policy import PolicyModel, ValueBranch, WholePass, saved_branch_blocks
+from solotune.models.seq2seq import Seq2SeqPolicy
 from solotune.models.split import Decoder
 from solotune.rollout.records import positions_of
 
@@ -36,13 +37,11 @@ __all__ = [
     "FixedKLController",
     "ModelBranch",
     "PPOConfig",
+    "Seq2SeqLMOutputWithValue",
     "hf_get_branch_class",
 ]
 
-_SEQ2SEQ = "encoder-decoders are not there yet"
 _BRANCH = "not needed: solotune.models.split resumes every architecture by its own forward"
-AutoModelForSeq2SeqLMWithValueHead = absent("AutoModelForSeq2SeqLMWithValueHead", _SEQ2SEQ)
-AutoModelForSeq2SeqLMWithHydraValueHead = absent("AutoModelForSeq2SeqLMWithHydraValueHead", _SEQ2SEQ)
 ModelBranch = GPTModelBranch = OPTModelBranch = BloomModelBranch = absent("ModelBranch", _BRANCH)
 LlamaModelBranch = GPTBigCodeModelBranch = T5Branch = ModelBranch
 hf_get_branch_class = absent("hf_get_branch_class", _BRANCH)
@@ -56,8 +55,15 @@ class CausalLMOutputWithValue(ModelOutput):
     value: Tensor | None = None
 
 
+@dataclass
+class Seq2SeqLMOutputWithValue(CausalLMOutputWithValue):
+    """The same of the decoder."""
+
+
 class AutoModelForCausalLMWithValueHead(nn.Module):
     """A causal language model and a value head; a face on `PolicyModel`."""
+
+    ARCH_TYPE: ClassVar[str] = "causal"
 
     def __init__(self, policy: PolicyModel) -> None:
         super().__init__()
@@ -80,17 +86,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
             if not (folder / "adapter_model.safetensors").is_file():
                 raise ModelError(f"{str(folder)!r} has no adapter_model.safetensors; pickled adapters are not loaded")
-            lm = AutoModelForCausalLM.from_pretrained(base, **{**options, "use_safetensors": True}).requires_grad_(
-                False
-            )
+            kind = auto_class(AutoConfig.from_pretrained(base), cls.ARCH_TYPE)
+            lm = kind.from_pretrained(base, **{**options, "use_safetensors": True}).requires_grad_(False)
             value_branch = ValueBranch(Decoder(lm), branch) if branch else None
             tuned = PeftModel.from_pretrained(lm, str(folder), is_trainable=True)
             switch_off_dropout(tuned)
-            policy = PolicyModel(tuned, value_branch=value_branch)
+            is_seq2seq = cls.ARCH_TYPE == "seq2seq"
+            policy = Seq2SeqPolicy(tuned) if is_seq2seq else PolicyModel(tuned, value_branch=value_branch)
         else:
             config = default_ppo_config().evolve(
                 model={
                     "model_path": given,
+                    "model_arch_type": cls.ARCH_TYPE,
                     "num_layers_unfrozen": num_layers_unfrozen,
                     "peft_config": peft_config,
                     "model_extra_configs": options,
@@ -146,3 +153,47 @@ class AutoModelForCausalLMWithHydraValueHead(AutoModelForCausalLMWithValueHead):
     ) -> Tensor:
         """Logits of the reference, (B, T, V)."""
         return self._whole(input_ids, attention_mask, position_ids).ref_logits_BTV
+
+
+class AutoModelForSeq2SeqLMWithValueHead(AutoModelForCausalLMWithValueHead):
+    """An encoder-decoder and a value head on its decoder."""
+
+    ARCH_TYPE: ClassVar[str] = "seq2seq"
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # trlX's order
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> Seq2SeqLMOutputWithValue | tuple[Tensor, ...]:
+        """Logits of the policy and values, at every position of the decoder."""
+        whole = self._passed(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        output = Seq2SeqLMOutputWithValue(logits=whole.logits_BTV, value=whole.values_BT)
+        return output if return_dict else output.to_tuple()
+
+    def _passed(
+        self, ids_BP: Tensor, mask_BP: Tensor | None, of_decoder: Tensor | None, mask: Tensor | None
+    ) -> WholePass:
+        if of_decoder is None:
+            raise ConfigError("decoder_input_ids is missing: the decoder's input, its start token first")
+        mask_BP = torch.ones_like(ids_BP) if mask_BP is None else mask_BP
+        return self.policy("whole", ids_BP, mask_BP, of_decoder, torch.ones_like(of_decoder) if mask is None else mask)
+
+
+class AutoModelForSeq2SeqLMWithHydraValueHead(AutoModelForSeq2SeqLMWithValueHead):
+    """The same with the frozen reference."""
+
+    @torch.no_grad()
+    def forward_hydra(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Logits of the reference, (B, T, V)."""
+        return self._passed(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask).ref_logits_BTV

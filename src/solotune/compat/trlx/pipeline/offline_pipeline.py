@@ -78,7 +78,8 @@ class PromptPipeline(BasePipeline):
     ) -> None:
         given = Prompts.from_list(list(prompts))
         self.tokenizer, self.metadata = tokenizer, given.metadata
-        self.prompts = encode(given, tokenizer, max_prompt_length, add_special_tokens)
+        # trlX asked for special tokens for encoder-decoders alone, whose inputs end with an EOS.
+        self.prompts = encode(given, tokenizer, max_prompt_length, add_special_tokens, goes_on=not add_special_tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = self.prompts[index]

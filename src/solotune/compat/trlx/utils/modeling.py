@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from solotune.algorithms import whiten as _whiten
 from solotune.algorithms.masks import masked_moments
 from solotune.algorithms.rewards import RunningMoments
-from solotune.compat.shims import absent
 from solotune.models.adapters import select_trainable
 from solotune.models.split import Decoder
 
@@ -33,8 +32,6 @@ __all__ = [
     "whiten",
 ]
 
-freeze_bottom_seq2seq_layers = absent("freeze_bottom_seq2seq_layers", "encoder-decoders are not there yet")
-
 
 def make_head(n_embd: int, out: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Linear(h, 2h), ReLU, Linear(2h, out)."""
@@ -47,6 +44,11 @@ def freeze_bottom_causal_layers(model: PreTrainedModel, num_layers_unfrozen: int
         model.requires_grad_(False)
     else:
         select_trainable(Decoder(model), num_layers_unfrozen)
+
+
+def freeze_bottom_seq2seq_layers(model: PreTrainedModel, num_layers_unfrozen: int = 0) -> None:
+    """The same of an encoder-decoder: the blocks are its decoder's; the encoder and the embeddings are frozen."""
+    freeze_bottom_causal_layers(model, num_layers_unfrozen)
 
 
 def hf_get_decoder(model: PreTrainedModel) -> nn.Module:
