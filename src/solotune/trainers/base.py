@@ -104,6 +104,7 @@ class Trainer(ABC):
         with self.clock.phase("load"):
             policy = self.build_policy()
         self._check_vocabulary(policy)
+        self._has_reference = policy.has_reference
         self.parameters = policy.trainable_parameters()
         optimizer = build_optimizer(config.optimizer, self.parameters)
         self.scheduler = build_scheduler(config.scheduler, optimizer)
@@ -262,7 +263,7 @@ class Trainer(ABC):
                 lambda texts: self.score(texts, Stream.EVALUATION),
                 lambda texts: self._scorer.metrics(texts, self.steps_done),
                 self.in_memory,
-                measures_kl=self.model.has_reference,
+                measures_kl=self._has_reference,
             )
 
     def evaluate_and_record(self) -> Evaluation:
