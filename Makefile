@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test soak check lint types format clean
+.PHONY: quickstart test soak learn check lint types format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ test: $(INSTALLED)  ## the whole test suite
 
 soak: $(INSTALLED)  ## fifty kills, all of the hostile files, five hundred rounds
 	SOLOTUNE_SOAK=1 SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
+
+learn: $(INSTALLED)  ## every method on random walks, three seeds each; results and curves go into docs/
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/learning.py --out docs $(ARGS)
 
 check: lint types
 

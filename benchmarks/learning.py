@@ -80,20 +80,23 @@ def learn_ppo(seed: int, folder: Path, rounds: int = 40, **model: Any) -> Result
     sections = {
         "method": method,
         "train": {"batch_size": 36, "epochs": rounds, "total_steps": 4 * rounds, "eval_interval": 20},
-        "scheduler": {
-            "name": "linear",
-            "kwargs": {"start_factor": 1.0, "end_factor": 0.1, "total_iters": 4 * rounds},
-        },
+        "scheduler": falling_over(4 * rounds),
     }
     trainer, seconds = tune(walks, folder, sections, pretrained(walks, **model))
     return result_of("ppo", walks, trainer, seconds, trainer.rounds_done * 72)
 
 
 def learn_rft(seed: int, folder: Path, rounds: int = 10, **model: Any) -> Result:
-    """Rounds of 32 walks a start, 4 passes over the best of them: the defaults of `RFTConfig`."""
+    """Rounds of 32 walks a start, 4 passes over the best of them in small batches: the defaults of `RFTConfig`.
+
+    The learning rate falls over the run, of which some 10 steps a round were seen.
+    """
     walks = make_walks(seed)
-    method = {"name": "RFTConfig", "gen_kwargs": {"max_new_tokens": MAX_NEW_TOKENS}}
-    sections = {"method": method, "train": {"epochs": 4 * rounds, "eval_interval": 1}}
+    sections = {
+        "method": {"name": "RFTConfig", "gen_kwargs": {"max_new_tokens": MAX_NEW_TOKENS}},
+        "train": {"batch_size": 16, "epochs": 4 * rounds, "eval_interval": 1},
+        "scheduler": falling_over(10 * rounds),
+    }
     trainer, seconds = tune(walks, folder, sections, pretrained(walks, **model))
     episodes = trainer.rounds_done * trainer.method.n_generations_per_prompt * len(walks.prompts)
     return result_of("rft", walks, trainer, seconds, episodes)
@@ -120,6 +123,11 @@ def learn_ilql(seed: int, folder: Path) -> Result:
             "first has to be above the second by 0.3, which has to be within 0.15 of the third"
         )
     return result
+
+
+def falling_over(steps: int) -> dict[str, Any]:
+    """A learning rate that falls to a tenth over so many steps."""
+    return {"name": "linear", "kwargs": {"start_factor": 1.0, "end_factor": 0.1, "total_iters": steps}}
 
 
 def tune(

@@ -432,7 +432,7 @@ def test_steps_are_counted_as_in_trlx(total, epochs, rounds, steps, ended_by):
     assert ("last round stops after" in line) == (steps % 16 != 0)
 
 
-def test_steps_are_counted_for_ppo_only():
+def test_steps_are_counted_for_what_samples_only():
     config = default_ppo_config().evolve(method=SFTConfig())
     with pytest.raises(ConfigError, match="PPOConfig and RFTConfig only"):
         describe_steps(config)

@@ -306,7 +306,7 @@ class RFTConfig(MethodConfig):
 
     n_generations_per_prompt: samples of each prompt a round. n_improve_steps: passes over the best of them a round, for
     which a sample has to reach its prompt's percentile (a fraction): the first takes start_percentile, the last
-    end_percentile. gen_kwargs: sampling arguments.
+    end_percentile; train.epochs counts them. gen_kwargs: sampling arguments.
     """
 
     name: str = "RFTConfig"

@@ -34,6 +34,7 @@ TRLX_NAMES = {
     "policy/ratio": "ratio",
     "policy/awac_loss": "losses/loss_awac",
     "policy/cql_loss": "losses/loss_cql",
+    "rollout/selected": "len_samples_selected",
     "value/loss": "losses/value_loss",
     "value/q_loss": "losses/loss_q",
     "value/v_loss": "losses/loss_v",
