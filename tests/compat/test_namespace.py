@@ -66,14 +66,14 @@ def test_every_module_imports_and_keeps_its_own_name():
         importlib.import_module("trlx.nothing")
 
 
-def test_what_is_not_there_yet_says_so_when_it_is_used_and_not_before():
-    from trlx.models.modeling_ilql import AutoModelForSeq2SeqLMWithILQLHeads as Absent
+def test_what_is_not_there_says_so_when_it_is_used_and_not_before():
+    from trlx.trainer.nemo_ppo_trainer import NeMoPPOTrainer as Absent
 
     class Mine(Absent):
         pass
 
     for used in (lambda: Absent(8, 9), lambda: Absent.from_pretrained("x"), lambda: Mine(config=None)):
-        with pytest.raises(NotYetError, match="not there yet"):
+        with pytest.raises(NotYetError, match="NeMo is not supported"):
             used()
 
 
@@ -300,3 +300,18 @@ def test_a_model_given_as_one(tmp_path):
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_lm("gpt2"), num_layers_unfrozen=1)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 259)
+
+
+def test_an_encoder_decoder_with_ilql_heads(tmp_path):
+    from trlx.models.modeling_ilql import AutoModelForSeq2SeqLMWithILQLHeads
+
+    folder = save_tiny_seq2seq(tmp_path / "model", "t5")
+    model = AutoModelForSeq2SeqLMWithILQLHeads.from_pretrained(str(folder))
+    torch.nn.init.normal_(model.ilql_heads.q_heads[1].outer.weight)
+    ids, outputs = torch.randint(0, 256, (2, 6)), torch.randint(0, 256, (2, 4))
+    found = model(ids, torch.ones_like(ids), decoder_input_ids=outputs)
+    plain = model.base_model(input_ids=ids, decoder_input_ids=outputs, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, plain.logits)
+    assert (len(found.qs), found.vs.shape) == (2, (2, 4, 1))
+    last = plain.decoder_hidden_states[-1][1, 3]
+    torch.testing.assert_close(found.qs[1][1, 3], model.ilql_heads.q_heads[1](last[None])[0])

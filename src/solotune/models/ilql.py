@@ -158,13 +158,17 @@ class ILQLModel(OfflineModel):
         looking at a model: training needs them at the chosen tokens alone."""
         inputs: dict[str, Any] = {"position_ids": positions_BT} if self.top.takes_positions else {}
         hidden_BTH = self.decoder.module(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **inputs)[0]
-        hidden_NH, shape = hidden_BTH.flatten(0, 1), ids_BT.shape
+        return self.head(hidden_BTH.flatten(0, 1)).unflatten(0, ids_BT.shape), *self.heads_at(hidden_BTH)
+
+    def heads_at(self, hidden_BTH: Tensor) -> tuple[Any, ...]:
+        """Qs and target Qs, tuples of (B, T, V), and values (B, T, 1) of hidden states after the final norm."""
+        hidden_NH, shape = hidden_BTH.flatten(0, 1), hidden_BTH.shape[:2]
         qs, targets = (
             tuple(head(hidden_NH).unflatten(0, shape) for head in heads)
             for heads in (self.heads.q_heads, self.heads.target_q_heads)
         )
         values_BT1 = self.heads.value_head(hidden_NH).unflatten(0, shape).unsqueeze(-1)
-        return self.head(hidden_NH).unflatten(0, shape), qs, targets, values_BT1
+        return qs, targets, values_BT1
 
     def _values(self, batch: Batch, trunk_MH: Tensor | None = None, cql_weights_N: Tensor | None = None) -> QValues:
         """What the policy and the heads say of the tokens to learn; see `OfflineModel._hidden`."""

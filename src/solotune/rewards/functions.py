@@ -191,15 +191,24 @@ def _number(value: Any, where: str) -> float:
 
 
 def _write_failure(folder: Path | str, columns: Mapping[str, Sequence[Any]], returned: Any) -> Path:
-    path = Path(folder) / FAILURE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     singular = {"samples": "sample", "prompts": "prompt", "outputs": "output"}
-    with path.open("w", encoding="utf-8") as file:
-        for index in range(len(columns["samples"])):
-            row = {"index": index} | {singular.get(name, name): values[index] for name, values in columns.items()}
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        if returned is not None:
-            file.write(json.dumps({"returned": _shown(returned, 10_000)}, ensure_ascii=False) + "\n")
+    rows = [
+        {"index": index} | {singular.get(name, name): values[index] for name, values in columns.items()}
+        for index in range(len(columns["samples"]))
+    ]
+    return write_failure(folder, rows if returned is None else [*rows, {"returned": _shown(returned, 10_000)}])
+
+
+def write_failure(folder: Path | str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write what a reward function failed on; returns the file. Where the disk fails too, that is one log line: the
+    reward's error is the one to be told."""
+    path = Path(folder) / FAILURE_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        path.write_bytes(content.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import signal
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from solotune.errors import ConfigError, RewardError
-from solotune.rewards.functions import FAILURE_FILE, RewardFunction, name_of, score
+from solotune.rewards.functions import RewardFunction, name_of, score, write_failure
 
 log = logging.getLogger("solotune")
 
@@ -73,12 +72,11 @@ def guarded_score(
         if len({isinstance(value, list) for value in scores if value is not None}) == 2:
             raise RewardError(f"reward: {name_of(reward_fn)} returned numbers for some samples and lists for others")
         if problems:
-            path = Path(failure_dir) / FAILURE_FILE
             rows = [
                 {"index": row, "prompt": prompts[row], "output": outputs[row], "error": problem}
                 for row, problem in problems.items()
             ]
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            path = write_failure(failure_dir, rows)
             said = f"{len(problems)} of {len(samples)} samples got no reward; they and the reasons are in {path}"
             if len(problems) == len(samples):
                 raise RewardError(f"reward: {name_of(reward_fn)} failed on every sample: {said}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -127,24 +128,31 @@ class RunFolder:
 
     def save_failure(self, model: nn.Module, rollouts: Rollouts | None = None) -> Path:
         """Statistics of the trained tensors (norm, largest number, share that is finite) as JSON, and a round's
-        rollouts, where it had any, as safetensors beside it; returns the folder."""
+        rollouts, where it had any, as safetensors beside it; returns the folder. Where the disk fails too, that is one
+        log line: what is reported here is the error to be told."""
         folder = self.path / "failure"
         if self._writes:
-            folder.mkdir(exist_ok=True)
-            trained = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
-            statistics = {
-                name: {
-                    "norm": float(p.norm()),
-                    "largest": float(p.abs().max()),
-                    "finite": float(p.isfinite().float().mean()),
-                }
-                for name, p in trained.items()
-            }
-            self.write_json("failure/tensors.json", statistics)
-            if rollouts is not None:
-                tensors = {name: x.cpu().contiguous() for name, x in rollouts._asdict().items() if x is not None}
-                save_file(tensors, folder / "rollouts.safetensors")
+            try:
+                self._write_failure(folder, model, rollouts)
+            except (OSError, SafetensorError) as error:
+                log.warning("%s could not be written: %s", folder, error)
         return folder
+
+    def _write_failure(self, folder: Path, model: nn.Module, rollouts: Rollouts | None) -> None:
+        folder.mkdir(exist_ok=True)
+        trained = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+        statistics = {
+            name: {
+                "norm": float(p.norm()),
+                "largest": float(p.abs().max()),
+                "finite": float(p.isfinite().float().mean()),
+            }
+            for name, p in trained.items()
+        }
+        self.write_json("failure/tensors.json", statistics)
+        if rollouts is not None:
+            tensors = {name: x.cpu().contiguous() for name, x in rollouts._asdict().items() if x is not None}
+            save_file(tensors, folder / "rollouts.safetensors")
 
     def cut_after(self, round_index: int) -> None:
         """Drop the lines of rounds after `round_index`: they are about to be written again.

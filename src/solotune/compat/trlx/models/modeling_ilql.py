@@ -1,17 +1,16 @@
-"""ILQL's configuration, its heads, and a causal language model with them."""
+"""ILQL's configuration, its heads, and language models with them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from solotune.compat.shims import absent
 from solotune.config import ILQLConfig, default_ilql_config
 from solotune.models.ilql import Heads, ILQLModel
 from solotune.models.loading import build_policy
@@ -26,10 +25,6 @@ __all__ = [
     "batched_index_select",
     "topk_mask",
 ]
-
-AutoModelForSeq2SeqLMWithILQLHeads = absent(
-    "AutoModelForSeq2SeqLMWithILQLHeads", "not there yet; trlx.train with model_arch_type 'seq2seq' has these heads"
-)
 
 
 def batched_index_select(x: Tensor, idxs: Tensor, dim: int) -> Tensor:
@@ -87,6 +82,8 @@ class CausalILQLOutput(ModelOutput):
 class AutoModelForCausalLMWithILQLHeads(nn.Module):
     """A causal language model with ILQL's heads; a face on `ILQLModel`."""
 
+    ARCH_TYPE: ClassVar[str] = "causal"
+
     def __init__(self, policy: ILQLModel) -> None:
         super().__init__()
         self.policy = policy
@@ -102,7 +99,12 @@ class AutoModelForCausalLMWithILQLHeads(nn.Module):
         """A model by name or folder, with the heads that were saved in the folder, or new ones."""
         given = pretrained_model_name_or_path
         config = default_ilql_config().evolve(
-            model={"model_path": given, "peft_config": peft_config, "model_extra_configs": options},
+            model={
+                "model_path": given,
+                "model_arch_type": cls.ARCH_TYPE,
+                "peft_config": peft_config,
+                "model_extra_configs": options,
+            },
             method={"two_qs": two_qs},
         )
         policy = cast(ILQLModel, build_policy(config))
@@ -135,3 +137,30 @@ class AutoModelForCausalLMWithILQLHeads(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what PEFT or transformers load, and the heads beside it."""
         self.policy.save_pretrained(folder)
+
+
+class AutoModelForSeq2SeqLMWithILQLHeads(AutoModelForCausalLMWithILQLHeads):
+    """The same on an encoder-decoder: the heads are on the decoder's last hidden state."""
+
+    ARCH_TYPE = "seq2seq"
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> CausalILQLOutput:
+        """Logits, Qs, target Qs and values at every position of the decoder."""
+        lm: Any = self.policy.lm
+        whole = lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return CausalILQLOutput(whole.logits, *self.policy.heads_at(whole.decoder_hidden_states[-1]))
