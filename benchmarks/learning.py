@@ -205,7 +205,7 @@ def draw(results: list[Result], method: Method, path: Path) -> None:
 
     from solotune.report.curves import SEED_COLOURS, STYLE
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "grid.color": "#e5e7eb", "axes.edgecolor": "#9ca3af"}):
         figure = Figure(figsize=(6.4, 3.4), dpi=110, layout="constrained")
         axes = figure.subplots()
         axes.axhline(method.bar * OPTIMUM, color="#6b7280", linewidth=1, linestyle="--", label=f"bar: {method.bar:g}")

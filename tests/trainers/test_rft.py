@@ -85,6 +85,16 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(tiny_folder):
             torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_a_process_that_has_no_samples_left_takes_part_with_a_gradient_of_zero(tiny_folder):
+    trainer = trainer_of(tiny_folder)
+    rollouts = trainer.sample_rollouts()
+    trainer.sum_over_processes = lambda x: x + 12  # the tokens of another process
+    found, loss = gradients(trainer, rollouts, torch.zeros(0, dtype=torch.long))
+    assert float(loss) == 0
+    assert found.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not any(gradient.any() for gradient in found.values())
+
+
 def test_a_response_is_learned_once_however_often_it_was_sampled(tiny_folder):
     """Responses of one token, of few: most of them are duplicates."""
     method = {"n_generations_per_prompt": 64, "gen_kwargs": {"max_new_tokens": 1, "top_k": 4}}
