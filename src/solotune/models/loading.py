@@ -202,7 +202,6 @@ def _quantized(quantization: str, dtype: torch.dtype | str, device: torch.device
             f"model.quantization {quantization!r} needs bitsandbytes: pip install 'solotune[quant]'"
         )
     if quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(
