@@ -8,11 +8,10 @@ imports torch or transformers.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -27,7 +26,7 @@ from solotune.methods import (
     get_method,
     register_method,
 )
-from solotune.plans import GrowthPlan, plan_growth
+from solotune.plans import GrowthPlan, StepPlan, plan_growth, plan_rounds
 from solotune.rollout.settings import LIST_VALUED
 from solotune.secrets import secrets_in
 from solotune.sections import (
@@ -414,7 +413,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
 
 
-# ---- trlX's defaults, and PPO's step accounting -------------------------------------------------------------------
+# ---- trlX's defaults, and step accounting ---------------------------------------------------------------------------  ---------------------------------------------------------------------
 
 
 def default_ppo_config() -> TRLConfig:
@@ -456,37 +455,6 @@ def _defaults(method: MethodConfig, model: ModelConfig, lr: float, train: TrainC
     )
 
 
-class StepPlan(NamedTuple):
-    """What a PPO run will do. `rollouts` is a round's; `total_steps` are optimizer steps; `ended_by` a setting."""
-
-    rounds: int
-    rollouts: int
-    steps_per_round: int
-    total_steps: int
-    ended_by: str
-
-    @property
-    def line(self) -> str:
-        """The plan as the one line that is said before the first round."""
-        in_last = self.total_steps - (self.rounds - 1) * self.steps_per_round
-        last = f" (the last round stops after {in_last})" if in_last < self.steps_per_round else ""
-        return (
-            f"{_counted(self.rounds, 'round')} of {_counted(self.rollouts, 'rollout')}, "
-            f"{_counted(self.steps_per_round, 'optimizer step')} a round: "
-            f"{_counted(self.total_steps, 'optimizer step')} in all{last}, ended by {self.ended_by}"
-        )
-
-    def __str__(self) -> str:
-        return self.line
-
-    def __rich__(self) -> str:
-        return self.line
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def describe_steps(config: TRLConfig) -> StepPlan | GrowthPlan:
     """How many rounds and optimizer steps a PPO or RFT run takes, and which setting ends it.
 
@@ -495,16 +463,9 @@ def describe_steps(config: TRLConfig) -> StepPlan | GrowthPlan:
     Raises:
         ConfigError: the method does not sample, and counts in another way.
     """
-    method, train = config.method, config.train
+    method = config.method
     if isinstance(method, RFTConfig):
         return plan_growth(config)
     if not isinstance(method, PPOConfig):
         raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig and RFTConfig only")
-    steps_per_round = method.ppo_epochs * math.ceil(method.num_rollouts / train.batch_size)
-    by_epochs = train.epochs * steps_per_round
-    total = min(train.total_steps, by_epochs)
-    if train.total_steps <= by_epochs:
-        ended_by = f"train.total_steps = {train.total_steps:,}"
-    else:
-        ended_by = f"train.epochs = {train.epochs:,}"
-    return StepPlan(math.ceil(total / steps_per_round), method.num_rollouts, steps_per_round, total, ended_by)
+    return plan_rounds(config)

@@ -1,4 +1,4 @@
-"""How runs count that do not count as PPO does (`solotune.config.StepPlan`): RFT by growth, SFT and ILQL by passes."""
+"""How runs count: PPO by rounds, RFT by growth, SFT and ILQL by passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,42 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     from solotune.config import TRLConfig
-    from solotune.methods import RFTConfig
+    from solotune.methods import PPOConfig, RFTConfig
+
+
+class StepPlan(NamedTuple):
+    """What a PPO run will do. `rollouts` is a round's; `total_steps` are optimizer steps; `ended_by` a setting."""
+
+    rounds: int
+    rollouts: int
+    steps_per_round: int
+    total_steps: int
+    ended_by: str
+
+    @property
+    def line(self) -> str:
+        """The plan as the one line that is said before the first round."""
+        in_last = self.total_steps - (self.rounds - 1) * self.steps_per_round
+        last = f" (the last round stops after {in_last})" if in_last < self.steps_per_round else ""
+        return (
+            f"{_counted(self.rounds, 'round')} of {_counted(self.rollouts, 'rollout')}, "
+            f"{_counted(self.steps_per_round, 'optimizer step')} a round: "
+            f"{_counted(self.total_steps, 'optimizer step')} in all{last}, ended by {self.ended_by}"
+        )
+
+    def __str__(self) -> str:
+        return self.line
+
+    def __rich__(self) -> str:
+        return self.line
+
+
+def plan_rounds(config: TRLConfig) -> StepPlan:
+    """`train.epochs` rounds of `method.ppo_epochs` passes, and at most `train.total_steps` steps."""
+    method, train = cast("PPOConfig", config.method), config.train
+    steps_per_round = method.ppo_epochs * math.ceil(method.num_rollouts / train.batch_size)
+    total, ended_by = _ended(config, steps_per_round)
+    return StepPlan(math.ceil(total / steps_per_round), method.num_rollouts, steps_per_round, total, ended_by)
 
 
 class GrowthPlan(NamedTuple):
@@ -114,16 +149,16 @@ def plan_passes(config: TRLConfig, n_samples: int, n_processes: int = 1) -> Pass
     """The plan of `train.epochs` passes over so many samples, at most `train.total_steps` steps."""
     train = config.train
     steps_per_pass = math.ceil(math.ceil(n_samples / n_processes) / train.batch_size)
-    by_epochs = train.epochs * steps_per_pass
-    ended_by = "train.total_steps" if train.total_steps <= by_epochs else "train.epochs"
-    value = train.total_steps if train.total_steps <= by_epochs else train.epochs
-    return PassPlan(
-        n_samples,
-        steps_per_pass,
-        min(train.total_steps, by_epochs),
-        (train.eval_interval, train.checkpoint_interval),
-        f"{ended_by} = {value:,}",
-    )
+    total, ended_by = _ended(config, steps_per_pass)
+    return PassPlan(n_samples, steps_per_pass, total, (train.eval_interval, train.checkpoint_interval), ended_by)
+
+
+def _ended(config: TRLConfig, steps_per_epoch: int) -> tuple[int, str]:
+    """Optimizer steps in all, and the setting that ends them."""
+    train = config.train
+    if train.total_steps <= train.epochs * steps_per_epoch:
+        return train.total_steps, f"train.total_steps = {train.total_steps:,}"
+    return train.epochs * steps_per_epoch, f"train.epochs = {train.epochs:,}"
 
 
 def _counted(count: int, noun: str) -> str:
