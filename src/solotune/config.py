@@ -413,7 +413,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
 
 
-# ---- trlX's defaults, and step accounting ---------------------------------------------------------------------------  ---------------------------------------------------------------------
+# ---- trlX's defaults, and step accounting ---------------------------------------------------------------------------
 
 
 def default_ppo_config() -> TRLConfig:

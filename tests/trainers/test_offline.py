@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from solotune.errors import ConfigError, DataError
 from solotune.plans import plan_passes
 from solotune.trainers.checkpoint import saved
 from solotune.trainers.ilql import ILQLTrainer
-from solotune.trainers.run_folder import read_lines
+from solotune.trainers.run_folder import RunFolder, read_lines
 from solotune.trainers.sft import SFTTrainer
 from tests.tiny import PAD, tiny_offline_config
 
@@ -158,6 +159,37 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tiny_folder, tmp_path, method
     assert lines[0] == lines[1]
     samples = [[row["output"] for row in read_lines(run / "samples.jsonl")] for run in (whole, again)]
     assert samples[0] == samples[1]
+
+
+@BOTH
+def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_in_the_middle_of_the_round(tiny_folder, tmp_path, method):
+    def trainer(name):
+        given = trainer_of(tiny_folder, method, train={"eval_interval": 6, "checkpoint_interval": 6, "batch_size": 2})
+        given.run = RunFolder(tmp_path / name, continued=True)
+        return given
+
+    whole, stopped, resumed = trainer("whole"), trainer("again"), trainer("nowhere")
+    whole.learn()
+    step = stopped.optimizer_step
+
+    def signalled(rows):
+        if stopped.steps_done == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return step(rows)
+
+    stopped.optimizer_step = signalled
+    with pytest.raises(SystemExit) as ended:
+        stopped.learn()
+    assert (ended.value.code, stopped.steps_done) == (143, 8)
+    resumed.run = stopped.run
+    resumed.learn(stopped.run.checkpoints)
+    for mine, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    lines = [
+        [(row["step"], row["objective/loss"], row["policy/tokens"]) for row in read_lines(each.run.metrics)]
+        for each in (whole, resumed)
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_other_samples_are_not_resumed(tiny_folder, tmp_path):

@@ -71,6 +71,7 @@ class OfflineTrainer(Trainer):
         self.own, self.stands_in = self._share()
         self.packs = self._packs()
         self._cache: TrunkCache | None = None
+        self._steps: list[Tensor] = []  # losses and statistics of the round's steps so far
 
     @abstractmethod
     def losses(self, batch: Batch, trunk_MH: Tensor | None, chosen: Tensor, tokens: Tensor) -> Tensor:
@@ -87,24 +88,26 @@ class OfflineTrainer(Trainer):
 
     def train_round(self) -> dict[str, Any]:
         """Optimizer steps up to the next evaluation, checkpoint or end of a pass; returns their metrics."""
-        first_step = self.steps_done
+        first_step = self.steps_done - len(self._steps)
         with self.clock.phase("measure"):
             self._fill_cache()
         with self.clock.phase("update"):
             metrics = self.update()
+        self._steps = []
         self.rounds_done += 1
         self.tell(metrics, first_step)
         return metrics
 
     def update(self) -> dict[str, Any]:
         """The steps of a round. Numbers stay on the device until its end, so that the host never waits within it."""
-        steps: list[Tensor] = []
+        steps = self._steps  # not empty where the round was interrupted after them
         while not steps or not self.plan.ends_round(self.steps_done):
             steps.append(self.optimizer_step(self.rows_at(self.steps_done)))
             self.steps_done += 1
             self.after_step()
             if self.steps_done % self.plan.steps_per_pass == 0:
                 self.post_backward_callback()
+            self.pause_point()
         means = self.sum_over_processes(torch.stack(steps).double()) / self.accelerator.num_processes
         taken = means[:, -1].isfinite()
         self.stepper.count(taken.tolist(), self.keep_failure)
@@ -185,6 +188,14 @@ class OfflineTrainer(Trainer):
                 model.decoder.module.config.model_type,  # type: ignore[union-attr]
             )
         return model.can_pack
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"round.steps": torch.stack(self._steps).cpu()} if self._steps else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        steps = state["tensors"].get("round.steps")
+        self._steps = [] if steps is None else list(steps.to(self.device))
 
     def _data_order(self) -> dict[str, Any]:
         train = self.config.train
