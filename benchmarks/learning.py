@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.walks import MAX_NEW_TOKENS, OPTIMUM, Walks, make_walks, pretrained, walks_tokenizer
 
-EVALUATION_REPEATS = 10
-"""Samples a start node; 200 an evaluation."""
+EVALUATION_REPEATS = 50
+"""Samples a start node; 1,000 an evaluation, whose standard error is below 0.01: with 200, a policy of 0.967 came out
+as 0.935 (PPO, seed 14)."""
 
 
 class Result(NamedTuple):
@@ -36,7 +37,7 @@ class Result(NamedTuple):
     Args:
         method, seed: which run; the seed is that of the graph, the walks, the model and the training.
         data_mean: mean reward of the data, every start counted alike; 0 where the data has none.
-        before, after: mean reward of 200 sampled responses, ten a start.
+        before, after: mean reward of 1,000 sampled responses, fifty a start.
         steps: optimizer steps. episodes: responses sampled for training.
         seconds: of the training itself, evaluations included; the pretraining on the walks is not.
         curve: (optimizer steps, mean reward of an evaluation).
@@ -66,7 +67,7 @@ class Method(NamedTuple):
     learn: Callable[[int, Path], Result]
     bar: float
     title: str
-    measure: str = "optimality of 200 samples"
+    measure: str = "optimality of 1,000 samples"
 
 
 def learn_ppo(seed: int, folder: Path, rounds: int = 40, **model: Any) -> Result:
