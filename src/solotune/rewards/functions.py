@@ -132,11 +132,14 @@ def score(
     who = f"reward: {name_of(reward_fn)}"
     try:
         returned = reward_fn(*positional, **named)
-    except RewardError:
-        raise
     except Exception as error:
         path = _write_failure(failure_dir, columns, None)
+        if isinstance(error, RewardError):
+            raise
         raise RewardError(f"{who} raised {_said(error)}. The {len(samples)} samples it got are in {path}") from error
+    except BaseException:  # its time is up
+        _write_failure(failure_dir, columns, None)
+        raise
     try:
         return checked(returned, len(samples))
     except ValueError as problem:

@@ -157,8 +157,9 @@ class Trainer(ABC):
         if resume_from is not None:
             self.load(resume_from)
             if self.run is not None:
-                self.run.cut_after(self.rounds_done)
-                checkpoint.drop_after(self.run.checkpoints, self.steps_done)
+                self.run.cut_after(self.rounds_done - (self._untold is not None))
+                if self.accelerator.is_main_process:
+                    checkpoint.drop_after(self.run.checkpoints, self.steps_done)
             self.clock.continue_from(self._seconds_before)
             self.say(f"resumed from {resume_from} at round {self.rounds_done}, step {self.steps_done}")
             if self._untold is not None:
@@ -194,7 +195,8 @@ class Trainer(ABC):
 
         Several processes finish their round: they would have to agree, and that would make a GPU wait at each step.
         """
-        if self.accelerator.num_processes == 1 and self.stop.signal_number is not None:
+        asked = self.accelerator.num_processes == 1 and self.stop.signal_number is not None
+        if asked and not self.is_over:  # the last round is finished instead: nothing is left to resume
             raise RoundInterrupted
 
     def _is_asked_to_stop(self) -> bool:
@@ -204,7 +206,10 @@ class Trainer(ABC):
 
     def _save_and_exit(self) -> NoReturn:
         self.save_checkpoint()
-        self.say(f"stopped after {self.rounds_done} rounds and {self.steps_done} steps; saved. {self.resume_hint}")
+        goes_on = f"saved. {self.resume_hint}"
+        if not self.config.train.save_optimizer:
+            goes_on = "the model is saved, but the run cannot go on: train.save_optimizer is false"
+        self.say(f"stopped after {self.rounds_done} rounds and {self.steps_done} steps; {goes_on}")
         raise SystemExit(self.stop.exit_code)
 
     @property
@@ -245,6 +250,8 @@ class Trainer(ABC):
         self._untold = None
         is_due = self.steps_done // train.checkpoint_interval > first_step // train.checkpoint_interval
         if self.is_over or is_due or self.saves_every_round:
+            if self.run is not None and self.accelerator.is_main_process:
+                checkpoint.drop_after(self.run.checkpoints, first_step, before=self.steps_done)
             self.save_checkpoint()
 
     def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:

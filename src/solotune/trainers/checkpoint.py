@@ -75,14 +75,15 @@ def writing(folder: Path, step: int, keep: int = KEEP) -> Iterator[Path]:
         log.warning("an older checkpoint in %s could not be removed: %s", folder, error)
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, which a resumed run is about to take again.
+def drop_after(folder: Path, step: int, before: float = math.inf) -> None:
+    """Remove the checkpoints of later steps, and below `before`: a resumed run is about to take them again, or they
+    lie in the middle of a round that is over.
 
     Raises:
         RunFileError: one cannot be removed.
     """
     for path in _by_step(folder.glob("step_*")):
-        if int(path.name[5:]) > step:
+        if step < int(path.name[5:]) < before:
             with named(path):
                 remove(path)
 
@@ -236,6 +237,10 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"checkpoint {str(path)!r}: {error}") from error
     except SolotuneError:
         raise
     except Exception as error:  # JSON of any form: no list of classes is complete

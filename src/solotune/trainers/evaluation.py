@@ -80,11 +80,18 @@ def evaluate(
 
 
 def sample_metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts) -> list[dict[str, float]]:
-    """What `metric_fn` says of each sample; a single number stands for all of them."""
+    """What `metric_fn` says of each sample; a single number stands for all of them.
+
+    Raises:
+        RewardError: it raised, or returned another number of values.
+    """
     n = len(texts.samples)
     if metric_fn is None:
         return [{} for _ in range(n)]
-    named = metric_fn(samples=texts.samples, prompts=texts.prompts, outputs=texts.outputs, **texts.metadata)
+    try:
+        named = metric_fn(samples=texts.samples, prompts=texts.prompts, outputs=texts.outputs, **texts.metadata)
+    except Exception as error:
+        raise RewardError(f"metric_fn raised {type(error).__name__}: {error}") from error
     columns = {}
     for name, values in named.items():
         column = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()

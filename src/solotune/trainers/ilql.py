@@ -122,4 +122,5 @@ class ILQLTrainer(OfflineTrainer):
             settings,
             self.tokenizer.pad_token_id,
         )
-        return torch.cat([ids_BP, rollouts.response_ids_NT], dim=1)
+        start_BP = rollouts.prompt_ids_NP if self.config.model.is_seq2seq else ids_BP  # the decoder's own start
+        return torch.cat([start_BP, rollouts.response_ids_NT], dim=1)

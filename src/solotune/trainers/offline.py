@@ -98,6 +98,11 @@ class OfflineTrainer(Trainer):
         self.tell(metrics, first_step)
         return metrics
 
+    @property
+    def is_over(self) -> bool:
+        """By steps alone: how many rounds there are depends on the intervals, which may change when a run goes on."""
+        return self.steps_done >= self.plan.total_steps
+
     def update(self) -> dict[str, Any]:
         """The steps of a round. Numbers stay on the device until its end, so that the host never waits within it."""
         steps = self._steps  # not empty where the round was interrupted after them

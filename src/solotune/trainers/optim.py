@@ -144,7 +144,7 @@ class Stepper:
         if most < self._max_skipped:
             return
         folder = keep_state()
-        where = f"; statistics and what was learned from are in {folder}" if folder is not None else ""
+        where = f"; statistics (and a round's rollouts) are in {folder}" if folder is not None else ""
         raise TrainingError(
             f"the gradient of {most} steps in a row was not finite (train.max_skipped_steps = {self._max_skipped})"
             f"{where}. Lower optimizer.kwargs.lr or look at the rewards; --resume goes on from the last checkpoint"

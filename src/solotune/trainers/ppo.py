@@ -382,5 +382,6 @@ class PPOTrainer(Trainer):
         if not (ref_std is None or 0 < float(ref_std) < math.inf):
             raise ValueError(f"ref_std = {ref_std}: this is not of a run")
         self.ref_std = None if ref_std is None else float(ref_std)
+        self.round = None
         if state["unfinished"] is not None:
             self.round = Round.restored(state["unfinished"], state["tensors"], self.device)

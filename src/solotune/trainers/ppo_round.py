@@ -9,6 +9,7 @@ from torch import Tensor
 
 from solotune.models.policy import Measured
 from solotune.rollout.records import Rollouts
+from solotune.trainers.sampling import has_room
 
 
 class Credit(NamedTuple):
@@ -65,7 +66,12 @@ class Round(NamedTuple):
 
         def part(name: str) -> dict[str, Any]:
             fields = {field: tensors.get(f"round.{name}.{field}") for field in _PARTS[name]._fields}
-            return {field: value if value is None else value.to(device) for field, value in fields.items()}
+            trunk = fields.get("trunk_NSH")
+            stays = trunk is not None and not has_room(trunk.nbytes, device)
+            return {
+                field: value if value is None or (stays and field == "trunk_NSH") else value.to(device)
+                for field, value in fields.items()
+            }
 
         steps = tensors.get("round.steps")
         return cls(

@@ -98,9 +98,8 @@ class RFTTrainer(Trainer):
             texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
             given = self.score(texts)
             rollouts = rollouts.without([row for row, score in enumerate(given) if score is None])
-            sums = [sum(score) if isinstance(score, list) else score for score in given]
-            lowest = min(score for score in sums if score is not None)  # a sample without a score is never selected
-            scores_N = torch.tensor([lowest if score is None else score for score in sums], dtype=torch.float64)
+            sums = [math.nan if s is None else sum(s) if isinstance(s, list) else s for s in given]
+            scores_N = self._without_gaps(torch.tensor(sums, dtype=torch.float64))
         self.pause_point()
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
@@ -122,6 +121,14 @@ class RFTTrainer(Trainer):
         first = self.rounds_done * self.n_prompts
         row_ids = [(first + prompt) * len(samples_G) + sample for prompt, sample in rows]
         return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings)
+
+    def _without_gaps(self, scores_N: Tensor) -> Tensor:
+        """A sample without a score counts as its prompt's worst, so that no other is better because of it; it is never
+        learned from."""
+        scores_PG = scores_N.view(-1, self.method.n_generations_per_prompt)
+        worst_P = scores_PG.nan_to_num(nan=math.inf, posinf=math.inf).amin(-1)
+        worst_P = torch.where(worst_P.isinf(), 0.0, worst_P)
+        return torch.where(scores_PG.isnan(), worst_P[:, None], scores_PG).flatten()
 
     def select(self, rollouts: Rollouts, scores_N: Tensor) -> list[Tensor]:
         """The rows that each improvement step of the round learns from: good enough, and each response once."""

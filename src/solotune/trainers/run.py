@@ -245,23 +245,23 @@ def _run(
     )
     # Only now: what could be wrong with the settings did not cost an earlier run its place.
     trainer.run = run = RunFolder(out, writes=main, continued=_is_within(start_from, out))
-    accelerator.wait_for_everyone()
-    if main:
-        saved = recipe or _as_recipe(config, given, eval_prompts, reward_fn, stop_sequences, run)
-        with named(out / "config.yaml"):  # aside first: an earlier one is what resuming needs
-            saved.save_yaml(aside := out / ".config.yaml.partial", versions())
-            os.replace(aside, out / "config.yaml")
-        tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
-        say(f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}")
-        command = shlex.join(["solotune", "train", str(out / "config.yaml"), "--resume", "--out", str(out)])
-        trainer.resume_hint = (
-            f"go on with: {command}"
-            if recipe is not None
-            else (f"go on with train.resume_from_checkpoint={str(out)!r} and the same script")
-        )
-        say(f"after an interruption: {trainer.resume_hint}", soft_wrap=True)
-    tracking.start(accelerator, config, out.name)
     try:
+        accelerator.wait_for_everyone()
+        if main:
+            saved = recipe or _as_recipe(config, given, eval_prompts, reward_fn, stop_sequences, run, on_error)
+            with named(out / "config.yaml"):  # aside first: an earlier one is what resuming needs
+                saved.save_yaml(aside := out / ".config.yaml.partial", versions())
+                os.replace(aside, out / "config.yaml")
+            tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
+            say(f"{tree.trainable:,} of {tree.total:,} parameters are trained; files go to {out}")
+            command = shlex.join(["solotune", "train", str(out / "config.yaml"), "--resume", "--out", str(out)])
+            trainer.resume_hint = (
+                f"go on with: {command}"
+                if recipe is not None
+                else (f"go on with train.resume_from_checkpoint={str(out)!r} and the same script")
+            )
+            say(f"after an interruption: {trainer.resume_hint}", soft_wrap=True)
+        tracking.start(accelerator, config, out.name)
         trainer.learn(start_from, on_round)
         finish(trainer, run)
     finally:
@@ -449,6 +449,7 @@ def _as_recipe(
     reward_fn: Callable[..., Any] | None,
     stop_sequences: Sequence[str],
     run: RunFolder,
+    on_error: OnError | None,
 ) -> Recipe:
     """What `train()` was called with, as a recipe; its reward function is the caller's own code.
 
@@ -469,11 +470,9 @@ def _as_recipe(
     data = DataConfig(**sources, stop_sequences=list(stop_sequences))
     if reward_fn is None:
         return Recipe(config, data)
-    return Recipe(
-        config,
-        data,
-        RewardConfig(function=f"{_source_file(reward_fn)}:{getattr(reward_fn, '__qualname__', 'reward_fn')}"),
-    )
+    source = f"{_source_file(reward_fn)}:{getattr(reward_fn, '__qualname__', 'reward_fn')}"
+    asked = (on_error or OnError())._asdict()
+    return Recipe(config, data, RewardConfig(function=source, on_error=asked.pop("action"), **asked))
 
 
 def _in_file(rows: list[Any], column: str, path: Path, run: RunFolder) -> Any:

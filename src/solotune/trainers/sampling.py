@@ -78,7 +78,7 @@ def on_main(accelerator: Accelerator, function: Callable[[Texts], list[Any]], ow
             failure, answer[1] = error, str(error)
     broadcast_object_list(answer)
     if failure is not None:
-        raise failure
+        raise RewardError(str(failure)) from failure  # the same kind everywhere: what follows is done together
     if answer[1] is not None:
         raise RewardError(f"on the first process: {answer[1]}")
     start = sum(len(share.samples) for share in shares[: accelerator.process_index])

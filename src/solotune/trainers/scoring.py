@@ -89,6 +89,8 @@ class Scorer:
             failures = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
             if failures and failure is None:
                 raise RewardError(f"on another process: {failures[0]}")
+        if failure is not None and self._accelerator.num_processes > 1:
+            raise RewardError(str(failure)) from failure  # the same kind everywhere: what follows is done together
         if failure is not None:
             raise failure
         return answer
