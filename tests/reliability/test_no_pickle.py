@@ -30,6 +30,9 @@ FORBIDDEN_CALLS = {
 RUNS_CODE = {  # what is there to run a person's file, and says so
     ("solotune/rewards/functions.py", "spec.loader.exec_module"),
     ("solotune/compat/script.py", "runpy.run_path"),
+    ("solotune/compat/script.py", "_run_module"),
+    ("solotune/compat/script.py", "runpy.run_module"),
+    ("solotune/sweep/trial.py", "spec.loader.exec_module"),
 }
 
 
