@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, OPTConfig
 
+from solotune.models.ilql import Heads
 from solotune.models.tree import format_bytes, parameter_tree
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -53,7 +54,7 @@ def opt_1_3b():
 
 def test_opt_1_3b_ends_with_the_two_promised_lines(opt_1_3b):
     head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    lines = parameter_tree(opt_1_3b, head).text().splitlines()
+    lines = parameter_tree(opt_1_3b, nn.ModuleDict({"value_head": head})).text().splitlines()
     assert lines[-2] == "Trainable 262,144 of 1,316,020,224 parameters (0.0199 %)"
     assert lines[-1] == "Value head: 49 trainable"
 
@@ -194,7 +195,19 @@ def test_4_bit_weight_counts_elements_and_weighs_its_bytes():
 
 def test_no_value_head_and_no_parameters():
     lines = parameter_tree(nn.ReLU()).text().splitlines()
-    assert lines[-2:] == ["Trainable 0 of 0 parameters (0.0000 %)", "Value head: 0 trainable"]
+    assert lines[-1] == "Trainable 0 of 0 parameters (0.0000 %)"
+
+
+def test_each_head_that_is_trained_has_a_sum_of_its_own():
+    heads = Heads(hidden_size=4, vocabulary=6)
+    tree = parameter_tree(nn.Linear(2, 2), nn.ModuleDict(dict(heads.named_children())))
+    lines = tree.text().splitlines()
+    assert any(line.startswith("target_q_heads (ModuleList)  188, 752 B") for line in lines)
+    assert lines[-3:] == [
+        "Trainable 6 of 6 parameters (100.0000 %)",
+        "Value head: 49 trainable",  # 4 x 8 + 8, 8 + 1
+        "Q heads: 188 trainable",  # twice 4 x 8 + 8, 8 x 6 + 6
+    ]
 
 
 def printed(tree, **kwargs) -> str:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from solotune.config import DataConfig, Recipe
+from solotune.config import DataConfig, Recipe, TokenizerConfig
 from solotune.data.prompts import Prompts, load_prompts
 from solotune.data.ratings import load_feedback
 from solotune.errors import SolotuneError
-from solotune.models.loading import build_policy
+from solotune.models.loading import build_policy, load_tokenizer
 from solotune.rewards.base import load_base
 from solotune.rewards.classifier import load_classifier, load_reward_model
 from solotune.trainers.ppo import PPOTrainer
@@ -131,6 +131,55 @@ def test_a_trlx_adapter(pickled_model, tiny_folder):
     (pickled_model / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}))
     with pytest.raises(SolotuneError, match="safetensors"):
         AutoModelForCausalLMWithHydraValueHead.from_pretrained(str(pickled_model))
+
+
+@pytest.fixture
+def model_with_code(tiny_folder, tmp_path):
+    """A model's folder with Python files for its configuration and its tokenizer, which leave a file when they run."""
+    folder = tmp_path / "with_code"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "own.py").write_text(
+        f"""from pathlib import Path
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+Path({str(tmp_path / "ran")!r}).touch()
+class OwnConfig(OPTConfig): model_type = "own"
+class OwnLM(OPTForCausalLM): config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast): pass
+"""
+    )
+    maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnLM"}
+    changes = {
+        "config.json": {"model_type": "own", "auto_map": maps},
+        "tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}},
+    }
+    for name, change in changes.items():
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, **change}))
+    return folder
+
+
+def test_code_that_comes_with_a_model_runs_only_where_a_setting_says_so_and_is_told(
+    model_with_code, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    given = str(model_with_code)
+    config = tiny_ppo_config(model_with_code)
+    trusted = config.evolve(model={"model_extra_configs": {"trust_remote_code": True}})
+    for is_meta in (False, True):
+        with pytest.raises(SolotuneError, match="trust_remote_code"):
+            build_policy(config, meta=is_meta)
+    with pytest.raises(SolotuneError, match="trust_remote_code"):
+        load_tokenizer(config.tokenizer)
+    assert not (tmp_path / "ran").exists()
+    assert "run with your rights" not in caplog.text
+    for is_meta in (False, True):
+        caplog.clear()
+        build_policy(trusted, meta=is_meta)
+        assert (tmp_path / "ran").exists()
+        assert f"model.model_extra_configs.trust_remote_code is true: Python files in {given!r} run" in caplog.text
+    caplog.clear()
+    load_tokenizer(TokenizerConfig(given, tokenizer_extra_configs={"trust_remote_code": True}))
+    assert f"tokenizer.tokenizer_extra_configs.trust_remote_code is true: Python files in {given!r} run" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])

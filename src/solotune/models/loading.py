@@ -121,7 +121,8 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
         ModelError: it is not found.
     """
     path = resolve(config.tokenizer_path)
-    options = {"trust_remote_code": False, "truncation_side": config.truncation_side, **config.tokenizer_extra_configs}
+    options = {"truncation_side": config.truncation_side, **config.tokenizer_extra_configs}
+    options["trust_remote_code"] = _trusts_code(options, "tokenizer.tokenizer_extra_configs", config.tokenizer_path)
     options["padding_side"] = "left"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -168,7 +169,7 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
         auto_class(given.config, model.model_arch_type)
         return given.to(device)  # type: ignore[arg-type]
     options = {k: v for k, v in model.model_extra_configs.items() if k not in ("dtype", "torch_dtype")}
-    options.setdefault("trust_remote_code", False)
+    options["trust_remote_code"] = _trusts_code(options, "model.model_extra_configs", given)
     if model.quantization is not None:
         options |= _quantized(model.quantization, dtype, device)
     if isinstance(given, PretrainedConfig):
@@ -189,6 +190,14 @@ def _load(model: ModelConfig, dtype: torch.dtype | str, device: torch.device | s
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return lm  # bitsandbytes has placed it
+
+
+def _trusts_code(extra_configs: dict[str, Any], section: str, path: Any) -> bool:
+    """Whether Python files that come with a model may run, which is said where they may."""
+    trusts_code = bool(extra_configs.get("trust_remote_code", False))
+    if trusts_code:
+        log.warning("%s.trust_remote_code is true: Python files in %r run with your rights", section, str(path))
+    return trusts_code
 
 
 def _quantized(quantization: str, dtype: torch.dtype | str, device: torch.device | str) -> dict[str, Any]:
@@ -227,6 +236,10 @@ def _load_failure(path: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "Python files come with it; trust_remote_code: true among its extra_configs lets them run with your rights"
+        )
     return str(error).strip().split("\n")[0]
 
 
@@ -247,9 +260,8 @@ def _empty_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             ) from error
     else:
         try:
-            config = AutoConfig.from_pretrained(
-                resolve(given), trust_remote_code=model.model_extra_configs.get("trust_remote_code", False)
-            )
+            trusts_code = _trusts_code(model.model_extra_configs, "model.model_extra_configs", given)
+            config = AutoConfig.from_pretrained(resolve(given), trust_remote_code=trusts_code)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.model_path {given!r}: no configuration found ({_first_line(error)}); give a folder with a "

@@ -80,11 +80,11 @@ class Node:
 class ParameterTree:
     """The drawing and its sums. `trainable` and `total` are parameters of the backbone with its adapters.
 
-    A tied tensor is counted once, where it is met first; buffers are not counted; the value head is counted apart.
+    A tied tensor is counted once, where it is met first; buffers are not counted; heads on top of it are counted apart.
     """
 
     root: Node
-    head: Node | None
+    heads: tuple[Node, ...]
 
     @property
     def trainable(self) -> int:
@@ -93,10 +93,6 @@ class ParameterTree:
     @property
     def total(self) -> int:
         return self.root.total
-
-    @property
-    def value_head_trainable(self) -> int:
-        return self.head.trainable if self.head else 0
 
     def text(self) -> str:
         """The tree without colour, lines joined by newlines: for files and the HTML page."""
@@ -110,21 +106,25 @@ class ParameterTree:
 
     def _lines(self) -> list[Text]:
         lines = _draw(self.root, "", "", summed=True)
-        if self.head:
-            lines += _draw(self.head, "", "", summed=True)
+        for head in self.heads:
+            lines += _draw(head, "", "", summed=True)
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(Text("* trainable", style=TRAINED))
         lines.append(Text(f"Trainable {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)", style="bold"))
-        lines.append(Text(f"Value head: {self.value_head_trainable:,} trainable", style="bold"))
+        for head in self.heads:
+            if head.trainable:
+                name = head.names[0].replace("_", " ").capitalize()
+                lines.append(Text(f"{name}: {head.trainable:,} trainable", style="bold"))
         return lines
 
 
-def parameter_tree(backbone: nn.Module, value_head: nn.Module | None = None) -> ParameterTree:
+def parameter_tree(backbone: nn.Module, heads: nn.ModuleDict | None = None) -> ParameterTree:
     """Reads the module tree of a Hugging Face or PEFT model, on any device, meta included.
 
     Counted: every parameter tensor below `backbone`, adapters included, once each. OPT's `lm_head`, tied to
-    `embed_tokens`, adds nothing and says so. Not counted: buffers (rotary tables, masks), and the value head, which has
-    a sum of its own. A 4-bit weight counts its elements, not its packed bytes. Trainable means `requires_grad`.
+    `embed_tokens`, adds nothing and says so. Not counted: buffers (rotary tables, masks), and the heads (PPO's value
+    head and branch; ILQL's V, Q and targets of Q), which have sums of their own. A 4-bit weight counts its elements,
+    not its packed bytes. Trainable means `requires_grad`.
 
     For OPT-1.3B with LoRA r=8 on q, k, v and out of its last two blocks this is 262,144 trainable
     (2 blocks x 4 projections x 8 x (2048 + 2048)) of 1,316,020,224 (1,315,758,080 of the model and the adapter's).
@@ -134,8 +134,8 @@ def parameter_tree(backbone: nn.Module, value_head: nn.Module | None = None) -> 
     """
     seen: dict[int, str] = {}
     root = _read("", _unwrap(backbone), "", seen)
-    head = _read("value_head", value_head, "value_head", seen) if value_head is not None else None
-    return ParameterTree(root, head)
+    named = heads.items() if heads is not None else ()
+    return ParameterTree(root, tuple(_read(name, head, name, seen) for name, head in named))
 
 
 def format_bytes(count: float) -> str:

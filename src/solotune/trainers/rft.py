@@ -134,6 +134,8 @@ class RFTTrainer(Trainer):
         """The rows that each improvement step of the round learns from: good enough, and each response once."""
         method = self.method
         scores_PG = scores_N.view(-1, method.n_generations_per_prompt)
+        total = self.sum_over_processes(scores_N.sum().to(self.device))
+        mean = float(total) / (self.n_prompts * method.n_generations_per_prompt)
         schedule = percentile_schedule(method.start_percentile, method.end_percentile, method.n_improve_steps)
         distinct = first_of_each(
             (*rollouts.prompt_tokens(row), -1, *rollouts.response_tokens(row)) for row in range(rollouts.n_rollouts)
@@ -141,7 +143,7 @@ class RFTTrainer(Trainer):
         rows = torch.tensor(distinct)
         rows = rows[rollouts.response_mask_NT.any(-1).cpu()[rows]]
         return [
-            rows[select(scores_PG, percentile).is_selected_PG.flatten()[rows]]
+            rows[select(scores_PG, percentile, mean).is_selected_PG.flatten()[rows]]
             for percentile in schedule[: self.plan.passes_in(self.rounds_done)]
         ]
 
@@ -157,7 +159,7 @@ class RFTTrainer(Trainer):
             together = self._over_processes(len(selected))
             n_batches = math.ceil(together / (train.batch_size * self.accelerator.num_processes))
             if together == 0:
-                log.info("no sample is better than another of its prompt: pass %d takes no step", index + 1)
+                log.info("no sample is better than another: pass %d takes no step", index + 1)
             for places in even_batches(len(selected), n_batches, train.seed, counter)[:left]:
                 steps.append(self.optimizer_step(rollouts, selected[places].to(self.device)))
                 self.steps_done += 1
