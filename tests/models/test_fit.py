@@ -9,7 +9,7 @@ from solotune.errors import ConfigError
 from solotune.models.fit import Fit, Part, advice, fit, parse_size
 from solotune.models.loading import build_policy
 from tests.models.test_split import KINDS, rollouts_of
-from tests.tiny import save_tiny, tiny_config, tiny_ppo_config
+from tests.tiny import save_tiny, tiny_config, tiny_offline_config, tiny_ppo_config
 
 
 def config_of(folder, architecture="llama", model=None, **sections):
@@ -32,6 +32,15 @@ def test_weights_are_those_of_the_model(tiny_folder, architecture, kind):
     frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
     assert part(fitted, "weights, frozen") == 2 * (frozen - copies) + 4 * copies
     assert part(fitted, "weights, trained") == 4 * sum(p.numel() for p in policy.trainable_parameters())
+
+
+def test_ilql_heads_and_their_targets_are_counted_in_fp32(tiny_folder):
+    config = tiny_offline_config(tiny_folder, "ilql")
+    fitted, policy = fit(config), build_policy(config)
+    targets = sum(p.numel() for p in policy.heads.target_q_heads.parameters())
+    frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
+    assert part(fitted, "weights, frozen") == 2 * (frozen - targets) + 4 * targets
+    assert part(fitted, "gradients of the Q heads") == 4 * targets
 
 
 def test_keys_and_values_are_those_that_are_allocated(tiny_folder):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from solotune.algorithms.logprobs import GPU_CHUNK_ELEMENTS
 from solotune.errors import ConfigError
+from solotune.models.ilql import ILQLModel
 from solotune.models.loading import build_policy
 from solotune.models.policy import PolicyModel
 from solotune.models.tree import format_bytes
@@ -69,7 +70,7 @@ class Fit(NamedTuple):
 
 
 def fit(config: TRLConfig) -> Fit:
-    """The memory of a PPO recipe on one GPU.
+    """The memory of a recipe on one GPU.
 
     Raises:
         ConfigError, ModelError: the recipe cannot be read or its model's configuration is not found.
@@ -115,6 +116,9 @@ def fit(config: TRLConfig) -> Fit:
         ),
         Part("logits of a chunk of tokens", BUFFERS_OF_A_CHUNK * logits * FP32, "an update"),
     ]
+    if isinstance(policy, ILQLModel):  # taken in the forward pass, and scaled in the backward pass
+        weights = sum(p.numel() for p in policy.heads.q_heads.parameters())
+        parts.append(Part("gradients of the Q heads by CQL", weights * FP32, "an update"))
     return Fit(parts)
 
 
@@ -169,10 +173,11 @@ def _frozen_bytes(policy: PolicyModel, quantization: str | None) -> float:
         layers = (m for m in policy.decoder.blocks.modules() if isinstance(m, nn.Linear))
         in_few_bits = {id(layer.weight) for layer in layers if not layer.weight.requires_grad}
     few = QUANTIZED_BYTES.get(quantization or "", BF16)
-    copies = {id(p) for p in policy.reference.parameters()}  # of what is trained in fp32
+    wide = (policy.reference, policy.critic)  # copies of what is trained in fp32, and heads
+    in_fp32 = {id(p) for part in wide for p in part.parameters()}
 
     def size(parameter: nn.Parameter) -> float:
-        each = FP32 if id(parameter) in copies else few if id(parameter) in in_few_bits else BF16
+        each = FP32 if id(parameter) in in_fp32 else few if id(parameter) in in_few_bits else BF16
         return parameter.numel() * each
 
     return sum(size(p) for p in policy.parameters() if not p.requires_grad)
