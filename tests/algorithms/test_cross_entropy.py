@@ -21,6 +21,21 @@ def test_it_is_the_ordinary_cross_entropy(chunk):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("chunk", [16, None])
+def test_in_bf16_the_products_alone_are_rounded(chunk):
+    torch.manual_seed(0)
+    inputs, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((64, 32), (50, 32), (50,)))
+    targets, weights = torch.randint(0, 50, (64,)), torch.rand(64)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = linear_cross_entropy(inputs, weight, bias, targets, weights, chunk, dtype)
+        assert loss.dtype == torch.float32
+        found.append((loss, *torch.autograd.grad(loss, (inputs, weight, bias))))
+    for wide, narrow in zip(*found, strict=True):
+        assert narrow.dtype == torch.float32
+        assert 0 < (wide - narrow).norm() < 0.01 * wide.norm()
+
+
 def test_large_logits_do_not_overflow_and_no_rows_are_nothing():
     weight, bias = torch.eye(3) * 1e4, torch.zeros(3)
     loss = linear_cross_entropy(torch.eye(3), weight, bias, torch.tensor([0, 1, 0]), torch.ones(3))

@@ -20,6 +20,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     weights_N: Tensor,
     chunk: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """sum over n of weights_n * -log softmax(W x_n + b)[target_n].
 
@@ -33,6 +34,7 @@ def linear_cross_entropy(
         targets_N: token ids, int64.
         weights_N: of each token's term, float, without gradient; 0 leaves it out.
         chunk: rows of logits at a time; None takes what suits the device.
+        dtype: of the three products with the vocabulary; the rest stays as it is. None: that of the inputs.
     Returns:
         A scalar. Differentiable once.
     Raises:
@@ -46,7 +48,9 @@ def linear_cross_entropy(
     if chunk is None:
         elements = CPU_CHUNK_ELEMENTS if inputs_NI.device.type == "cpu" else GPU_CHUNK_ELEMENTS
         chunk = max(1, elements // len(weight_VI))
-    return _LinearCrossEntropy.apply(inputs_NI, weight_VI, bias_V, targets_N, weights_N, chunk)  # type: ignore[return-value]
+    return _LinearCrossEntropy.apply(
+        inputs_NI, weight_VI, bias_V, targets_N, weights_N, chunk, dtype or inputs_NI.dtype
+    )  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,28 +63,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         weights_N: Tensor,
         chunk: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         d_inputs = torch.zeros_like(inputs_NI) if wants[0] else None
         d_weight = torch.zeros_like(weight_VI) if wants[1] else None
         d_bias = torch.zeros_like(bias_V) if wants[2] else None
-        total = inputs_NI.new_zeros(())
+        total, narrow_VI = inputs_NI.new_zeros(()), weight_VI.to(dtype)
         for first in range(0, len(inputs_NI), chunk):
             rows = slice(first, first + chunk)
-            inputs_cI, targets_c1, weights_c1 = inputs_NI[rows], targets_N[rows, None], weights_N[rows, None]
-            logits_cV = torch.addmm(bias_V, inputs_cI, weight_VI.T)
+            inputs_cI, targets_c1, weights_c1 = inputs_NI[rows].to(dtype), targets_N[rows, None], weights_N[rows, None]
+            logits_cV = (inputs_cI @ narrow_VI.T).to(bias_V.dtype).add_(bias_V)
             chosen_c1 = logits_cV.gather(1, targets_c1)
             largest_c1 = logits_cV.amax(1, keepdim=True)
             slopes_cV = logits_cV.sub_(largest_c1).exp_()
             sums_c1 = slopes_cV.sum(1, keepdim=True)
             total += (weights_c1 * (sums_c1.log() + largest_c1 - chosen_c1)).sum()
             slopes_cV.mul_(weights_c1 / sums_c1).scatter_add_(1, targets_c1, -weights_c1)
-            if d_inputs is not None:
-                d_inputs[rows] = slopes_cV @ weight_VI
-            if d_weight is not None:
-                d_weight.addmm_(slopes_cV.T, inputs_cI)
             if d_bias is not None:
                 d_bias += slopes_cV.sum(0)
+            slopes_cV = slopes_cV.to(dtype)
+            if d_inputs is not None:
+                d_inputs[rows] = (slopes_cV @ narrow_VI).to(d_inputs.dtype)
+            if d_weight is not None:
+                if dtype == d_weight.dtype:
+                    d_weight.addmm_(slopes_cV.T, inputs_cI)
+                else:
+                    d_weight += slopes_cV.T @ inputs_cI
         ctx.save_for_backward(d_inputs, d_weight, d_bias)
         return total
 
@@ -90,4 +99,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         scaled = (None if slope is None else slope * grads[0] for slope in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)

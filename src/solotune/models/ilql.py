@@ -88,16 +88,22 @@ class Heads(nn.Module):
             target.lerp_(q, alpha)
 
     def of(self, hidden_NH: Tensor, tokens_N: Tensor, cql_weights_N: Tensor | None) -> tuple[Tensor, ...]:
-        """qs_KN, target_qs_KN, values_N and cql of the chosen tokens; see `QValues`."""
-        with torch.autocast(hidden_NH.device.type, enabled=False):
+        """qs_KN, target_qs_KN, values_N and cql of the chosen tokens; see `QValues`.
+
+        CQL's products with the vocabulary are in bf16 where the language model's own are, all else is in fp32.
+        """
+        device = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        dtype = dtype if dtype == torch.bfloat16 else torch.float32  # in fp16 small gradients would be 0
+        with torch.autocast(device, enabled=False):
             qs, targets, cql = [], [], hidden_NH.new_zeros((), dtype=torch.float32)
             for head in self.q_heads:
                 assert isinstance(head, QHead)
                 features_NI = head.features(hidden_NH)
                 qs.append(head.of(features_NI, tokens_N))
                 if cql_weights_N is not None:
-                    outer = head.outer
-                    cql = cql + linear_cross_entropy(features_NI, outer.weight, outer.bias, tokens_N, cql_weights_N)
+                    weight, bias = head.outer.weight, head.outer.bias
+                    cql = cql + linear_cross_entropy(features_NI, weight, bias, tokens_N, cql_weights_N, dtype=dtype)
             with torch.no_grad():
                 for head in self.target_q_heads:
                     assert isinstance(head, QHead)
