@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart test soak learn check lint types format clean
@@ -16,11 +17,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## tune a small language model from human ratings
 	$(BIN)/solotune quickstart $(ARGS)
 
-test: $(INSTALLED)  ## the whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## the whole test suite, in two processes of a thread each
+	$(PYTEST) $(ARGS)
 
 soak: $(INSTALLED)  ## fifty kills, all of the hostile files, five hundred rounds
-	SOLOTUNE_SOAK=1 SOLOTUNE_KILLS=50 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
+	SOLOTUNE_SOAK=1 SOLOTUNE_KILLS=50 $(PYTEST) tests/reliability $(ARGS)
 
 learn: $(INSTALLED)  ## every method on random walks, three seeds each; results and curves go into docs/
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/learning.py --out docs $(ARGS)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import GeneratorType
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_changing_the_arguments_changes_nothing_outside(tmp_path):
         (float(i) for i in (1, 2)),
         [True, 2],
     ],
-    ids=str,
+    ids=lambda returned: "generator" if isinstance(returned, GeneratorType) else str(returned),
 )
 def test_numbers_of_every_kind_become_floats(tmp_path, returned):
     values = run(lambda samples: returned, tmp_path)

@@ -1,7 +1,9 @@
-"""Two processes on the CPU, as `accelerate launch` starts them."""
+"""Two processes on the CPU take the steps of one, and resume as one does."""
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from solotune.trainers.run_folder import read_lines
+from tests.forks import fork
 from tests.tiny import import_path, save_tiny
 
 SCRIPT = """
@@ -29,18 +32,24 @@ solotune.train(reward_fn=reward, prompts=["a film", "another film, a longer one"
 
 
 def launch(processes, script, folder, out, sections):
-    # Accelerate starts several processes on a CPU with its launcher for several GPUs, told that there are none.
-    options = {"--num_machines": "1", "--dynamo_backend": "no", "--mixed_precision": "no", "--main_process_port": "0"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *(word for pair in options.items() for word in pair)]
-    command += ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": import_path(),
-                   "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-    result = subprocess.run(
-        [*command, str(script), str(folder), str(out), json.dumps(sections)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    """Runs a script in processes that know of each other by what a launcher tells them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    forks = [
+        fork(run_script, script, [folder, out, json.dumps(sections)], logs=script.with_name(f"{script.stem}-{rank}"),
+             ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        for rank in range(processes)
+    ]  # fmt: skip
+    for result in [one.ended() for one in forks]:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out / "run"
+
+
+def run_script(script, arguments):
+    sys.argv = [str(script), *map(str, arguments)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +164,18 @@ folder, out, sections""",
         launch(2, changed, tiny_folder, tmp_path / "again", {"train": {"epochs": 1}})
 
 
-def test_a_run_of_two_processes_leaves_one_set_of_files(tiny_folder, tmp_path, script):
-    run = launch(2, script, tiny_folder, tmp_path, {"train": {"epochs": 2}})
+def test_accelerate_launch_starts_two_processes_that_leave_one_set_of_files(tiny_folder, tmp_path, script):
+    # Accelerate starts several processes on a CPU with its launcher for several GPUs, told that there are none.
+    options = "--num_machines 1 --dynamo_backend no --mixed_precision no --main_process_port 0 --num_processes 2"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--multi_gpu", str(script)]
+    environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": import_path()}
+    result = subprocess.run(
+        [*command, str(tiny_folder), str(tmp_path), json.dumps({"train": {"epochs": 2}})],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    run = tmp_path / "run"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert [row["round"] for row in read_lines(run / "metrics.jsonl")] == [1, 2]
     assert len(read_lines(run / "samples.jsonl")) == 3 * 4
