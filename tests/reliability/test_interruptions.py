@@ -3,6 +3,7 @@
 Ten instants; SOLOTUNE_KILLS=50 (`make soak`) tries 53.
 """
 
+import json
 import os
 import random
 import re
@@ -37,6 +38,7 @@ def whole(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     result = solotune_command("train", recipe, "--out", folder, logs=folder.with_suffix(".log"))
     assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stderr.splitlines()[-1]) == LAST
     return folder
 
 
