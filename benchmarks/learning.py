@@ -161,7 +161,7 @@ def learn_backwards(method: str, seed: int, folder: Path, lm: Any, n_letters: in
     held_out, learned = ([words[index] for index in part] for part in (order[:100], order[100:]))
     walks_tokenizer().save_pretrained(folder / "tokenizer")
     config = solotune.default_sft_config().evolve(
-        model={"model_arch_type": "seq2seq" if lm.is_encoder_decoder else None},
+        model={"model_arch_type": "seq2seq" if lm.is_encoder_decoder else "causal"},
         tokenizer={"tokenizer_path": str(folder / "tokenizer")},
         optimizer={"kwargs": {"lr": 4e-3}},
         scheduler={"kwargs": {"T_max": steps, "eta_min": 4e-4}},  # a cosine

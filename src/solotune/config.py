@@ -268,7 +268,13 @@ class Recipe(Section):
     def check(self) -> None:
         """Raises ConfigError where the method lacks its data or its reward, or a setting holds a secret."""
         problems = list(_data_problems(self.config.method, self.data, self.reward))
-        written_out = ("prompts", "eval_prompts", "prompt_template", "stop_sequences")  # texts, not names of sources
+        written_out = (
+            "prompts",
+            "eval_prompts",
+            "samples",
+            "prompt_template",
+            "stop_sequences",
+        )  # texts, not names of sources
         data = {k: v for k, v in field_values(self.data).items() if isinstance(v, str) or k not in written_out}
         reward = {} if self.reward is None else field_values(self.reward)
         if problems := [*problems, *secrets_in({"data": data, "reward": reward})]:
@@ -326,6 +332,8 @@ def _is_offline(method: Any) -> bool:
 
 def _data_problems(method: MethodConfig, data: DataConfig, reward: RewardConfig | None) -> Iterable[str]:
     if not _is_offline(method):
+        if data.samples is not None:
+            yield f"data.samples is not used by {method.name}, which learns from what it samples: remove it"
         if data.prompts is None:
             yield f"data.prompts is missing: {method.name} continues prompts"
         if reward is None:
@@ -333,6 +341,8 @@ def _data_problems(method: MethodConfig, data: DataConfig, reward: RewardConfig 
         return
     if data.samples is None:
         yield f"data.samples is missing: {method.name} learns from given samples"
+    if data.prompts is not None:
+        yield f"data.prompts is not used by {method.name}: remove it (evaluations continue data.eval_prompts)"
 
 
 def parse_override(text: str) -> dict[str, Any]:

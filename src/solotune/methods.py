@@ -285,6 +285,15 @@ class ILQLConfig(MethodConfig):
         default_factory=lambda: {"max_new_tokens": 56, "top_k": 20, "beta": 1, "temperature": 1.0}
     )
 
+    def check(self) -> None:
+        super().check()
+        for name in ("loss", "heads"):
+            if hasattr(self, name):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} would never be called here: for a loss of your own override "
+                    "losses in a subclass of AccelerateILQLTrainer"
+                )
+
 
 @register_method
 @dataclass(config=STRICT)

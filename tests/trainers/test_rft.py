@@ -281,6 +281,6 @@ def test_the_method_brings_its_trainer_and_another_methods_is_refused(tiny_folde
     config = tiny_ppo_config(tiny_folder).evolve(
         train={"trainer": "AccelerateRFTTrainer", "checkpoint_dir": str(tmp_path)}
     )
-    with pytest.raises(ConfigError, match="needs an RFTConfig"):
+    with pytest.raises(ConfigError, match=r"does not fit method\.name = 'PPOConfig'"):
         solotune.train(reward_fn=vowels, prompts=PROMPTS.texts, config=config)
     assert isinstance(rft_config(tiny_folder).method, RFTConfig)

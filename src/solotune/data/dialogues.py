@@ -7,12 +7,13 @@ has none, its EOS).
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from solotune.data.tables import is_unicode
 from solotune.errors import DataError
+from solotune.validation import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,6 +143,10 @@ def encode_pairs(
         short = _shortened(list(bare), max_length - (len(prompt) - len(bare)), tokenizer)
         around = _around(list(prompt), list(bare))
         kept = _shortened(ended, max_length, tokenizer)
+        if not kept or not [*around[0], *short, *around[1]]:
+            raise DataError(
+                f"sample {index} is {samples[index]!r}: the tokenizer has no tokens for one of its two texts"
+            )
         n_cut += len(short) < len(bare) or len(kept) < len(ended)
         found.prompts.append([*around[0], *short, *around[1]])
         found.ids.append([0, *kept])  # the model puts its start token in the first place
@@ -168,6 +173,10 @@ def _around(whole: list[int], plain: list[int]) -> tuple[list[int], list[int]]:
     return [], []
 
 
+MOST = 1e100
+"""Rewards beyond it have no variance in double precision."""
+
+
 def checked_rewards(rewards: Any, n_samples: int) -> list[float]:
     """One finite number a sample.
 
@@ -176,13 +185,18 @@ def checked_rewards(rewards: Any, n_samples: int) -> list[float]:
     Raises:
         DataError: another number of them than of samples, or one that is not a finite number.
     """
-    values = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
+    values: Any = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise DataError(f"rewards= is {rewards!r}: it has to be a list of numbers, one a sample")
+    values = list(values)
     if len(values) != n_samples:
         raise DataError(f"{len(values)} rewards for {n_samples} samples: one number a sample is needed")
     for index, value in enumerate(values):
         value = value.item() if hasattr(value, "item") else value
-        if isinstance(value, str) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"the reward of sample {index} is {value!r}: it has to be a finite number")
+        if not isinstance(value, int | float) or not abs(value) <= MOST:
+            raise DataError(
+                f"the reward of sample {index} is {shown(value)}: it has to be a finite number, of at most {MOST:g}"
+            )
         values[index] = float(value)
     return values
 
@@ -236,6 +250,8 @@ def _texts(sample: Any, index: int) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"sample {index} holds a {type(text).__name__} ({str(text)[:80]!r}), expected a text")
+        if not is_unicode(text):
+            raise DataError(f"sample {index} holds half a character ({ascii(text)[:80]}), which no tokenizer takes")
     if not any(texts):
         raise DataError(f"sample {index} is empty ({sample!r}): remove it or give it a text")
     return texts

@@ -291,7 +291,7 @@ def _from_rows(rows: list[Row], column: str, data: "DataConfig") -> Prompts:
     """Prompts of rows, by the template or up to the marker that the recipe names."""
     if data.prompt_template is not None:
         column = "prompt"
-        rows = [{**_mapping(row, index, None), column: _filled(data.prompt_template, row, index)}
+        rows = [{**_mapping(row, index, None), column: filled(data.prompt_template, row, index)}
                 for index, row in enumerate(rows)]  # fmt: skip
     prompts = Prompts.from_list(rows, column)
     if (marker := data.prompt_until) is None:
@@ -305,7 +305,7 @@ def _from_rows(rows: list[Row], column: str, data: "DataConfig") -> Prompts:
     return Prompts(texts, prompts.metadata)
 
 
-def _filled(template: str, row: Row, index: int) -> str:
+def filled(template: str, row: Row, index: int) -> str:
     """`template` with a column's text for every {column}; nothing else that str.format knows, since a recipe may be
     somebody else's: {prompt.__class__} would look into objects, {prompt:>9999999999} fill the memory."""
     values = row if isinstance(row, dict) else {"prompt": row}

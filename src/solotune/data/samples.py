@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.dialogues import checked_rewards
 from solotune.data.film_snippets import read as read_film_snippets
+from solotune.data.prompts import filled
 from solotune.data.tables import read_rows
 from solotune.errors import DataError
 
@@ -63,7 +64,10 @@ def _sample(row: Any, index: int, data: DataConfig) -> Any:
     if not isinstance(row, dict):
         return row
     if data.output_column is not None:
-        return [_value(row, data.prompt_column or "prompt", index), _value(row, data.output_column, index)]
+        prompt = _value(row, data.prompt_column or "prompt", index)
+        if data.prompt_template is not None:
+            prompt = filled(data.prompt_template, row, index)
+        return [prompt, _value(row, data.output_column, index)]
     column = data.sample_column or next((name for name in SAMPLE_COLUMNS if name in row), None)
     if column is None:
         raise DataError(
@@ -74,8 +78,8 @@ def _sample(row: Any, index: int, data: DataConfig) -> Any:
     if isinstance(value, str) and column == "dialogue" and value.startswith("["):  # a column of JSON, as in a CSV file
         try:
             return json.loads(value)
-        except ValueError:
-            return value
+        except ValueError as error:
+            raise DataError(f"sample {index}, column {column!r}: begins with '[' but is not JSON ({error})") from error
     return value
 
 

@@ -187,6 +187,16 @@ class PolicyModel(nn.Module):
         return cast(nn.Linear, self.lm.get_output_embeddings()).weight.device
 
     @property
+    def n_positions(self) -> int | None:
+        """Places that a table of learned positions has; None where positions are computed."""
+        tables = [
+            module.num_embeddings - getattr(module, "offset", 0)
+            for name, module in self.lm.named_modules()
+            if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("wpe", "embed_positions")
+        ]
+        return min(tables, default=None)
+
+    @property
     def critic(self) -> nn.ModuleDict:
         """The value head and the value branch, as far as there are any."""
         parts = {"value_head": self.value_head, "value_branch": self.value_branch}

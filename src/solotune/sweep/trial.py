@@ -45,7 +45,8 @@ def main() -> None:
         print_own_traceback(error, path)
         raise SystemExit(1) from None
     if isinstance(answer, Mapping) and _is_first_process():
-        values = {str(name): float(value) for name, value in answer.items() if isinstance(value, numbers.Real)}
+        plain = {str(name): value.item() if hasattr(value, "item") else value for name, value in answer.items()}
+        values = {name: float(value) for name, value in plain.items() if isinstance(value, numbers.Real)}
         append_lines(folder / "values.jsonl", [{"step": None, **values}])
 
 

@@ -104,6 +104,7 @@ class Trainer(ABC):
         with self.clock.phase("load"):
             policy = self.build_policy()
         self._check_vocabulary(policy)
+        self._check_positions(policy, self._longest([*prompt_ids, *eval_ids]))
         self._has_reference = policy.has_reference
         self.parameters = policy.trainable_parameters()
         optimizer = build_optimizer(config.optimizer, self.parameters)
@@ -457,6 +458,19 @@ class Trainer(ABC):
                 f"tokens, but the model has embeddings for {embeddings:,}; use the model's own tokenizer"
             )
 
+    def _longest(self, prompt_ids: list[list[int]]) -> int:
+        """Tokens of the longest sequence that the model may be given."""
+        prompt, new = max(map(len, prompt_ids), default=0), self.config.train.seq_length - self._room
+        return max(prompt, new) if self.config.model.is_seq2seq else prompt + new
+
+    def _check_positions(self, policy: PolicyModel, longest: int) -> None:
+        if policy.n_positions is not None and longest > policy.n_positions:
+            raise ModelError(
+                f"{type(policy.lm).__name__} has {policy.n_positions:,} positions, but sequences have up to "
+                f"{longest:,} tokens; lower train.seq_length = {self.config.train.seq_length:,} or max_new_tokens in "
+                "method.gen_kwargs"
+            )
+
 
 def _is_json(value: Any) -> bool:
     return isinstance(value, (int, float, str, bool, list, type(None)))
@@ -467,4 +481,5 @@ def _eos_token_ids(policy: PolicyModel, tokenizer: Any) -> list[int]:
     generation = getattr(policy.lm, "generation_config", None)
     given = getattr(generation, "eos_token_id", None)
     ids = given if isinstance(given, list) else [given]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    vocabulary = int(policy.lm.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and i < vocabulary})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -92,9 +92,14 @@ def sample_metrics(metric_fn: Callable[..., dict[str, Any]] | None, texts: Texts
         named = metric_fn(samples=texts.samples, prompts=texts.prompts, outputs=texts.outputs, **texts.metadata)
     except Exception as error:
         raise RewardError(f"metric_fn raised {type(error).__name__}: {error}") from error
+    if not isinstance(named, Mapping):
+        raise RewardError(f"metric_fn returned a {type(named).__name__}: it has to be a mapping of names to numbers")
     columns = {}
     for name, values in named.items():
-        column = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+        try:
+            column = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(f"metric_fn returned no numbers for {name!r}: {str(values)[:80]!r}") from error
         if len(column) not in (1, n):
             raise RewardError(
                 f"metric_fn returned {len(column)} values for {name!r}; allowed are {n}, one a sample, or 1"

@@ -73,6 +73,10 @@ class OfflineTrainer(Trainer):
         self._cache: TrunkCache | None = None
         self._steps: list[Tensor] = []  # losses and statistics of the round's steps so far
 
+    def _longest(self, prompt_ids: list[list[int]]) -> int:
+        inputs = [len(ids) - 1 for ids in self.samples.ids] + [len(ids) for ids in self.samples.prompts]
+        return max(super()._longest(prompt_ids), *inputs)
+
     @abstractmethod
     def losses(self, batch: Batch, trunk_MH: Tensor | None, chosen: Tensor, tokens: Tensor) -> Tensor:
         """The losses of a micro-batch, (len(LOSSES),): sums divided by `tokens`; the first carries the gradient.

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from solotune.config import ILQLConfig, PPOConfig, RFTConfig, SFTConfig, TRLConfig
 from solotune.errors import ConfigError, NotYetError
 from solotune.validation import nearest, shown
 
 _TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
 _PIPELINES: dict[str, tuple[str, type]] = {}
+OF_METHODS: dict[type, str] = {
+    PPOConfig: "AcceleratePPOTrainer",
+    RFTConfig: "AccelerateRFTTrainer",
+    SFTConfig: "AccelerateSFTTrainer",
+    ILQLConfig: "AccelerateILQLTrainer",
+}
 NEMO = ("NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer")
 
 
@@ -78,3 +85,21 @@ def get_pipeline(name: str) -> Callable[..., Any] | None:
     raise ConfigError(
         f"train.pipeline = {shown(name)}: no such pipeline; {nearest(name, ['PromptPipeline', *_known(_PIPELINES)])}"
     )
+
+
+def trainer_of(config: TRLConfig) -> Callable[..., Any]:
+    """The class that `train.trainer` names, or that of the method where the setting was left at its default.
+
+    Raises:
+        NotYetError, ConfigError: as `get_trainer`, or it is another method's.
+    """
+    own = next((name for kind, name in OF_METHODS.items() if isinstance(config.method, kind)), config.train.trainer)
+    is_default = config.train.trainer.lower() == OF_METHODS[PPOConfig].lower()
+    found: Any = get_trainer(own if is_default else config.train.trainer)
+    others: Any = tuple(get_trainer(name) for kind, name in OF_METHODS.items() if not isinstance(config.method, kind))
+    if isinstance(found, type) and issubclass(found, others):
+        raise ConfigError(
+            f"train.trainer = {config.train.trainer!r} does not fit method.name = {config.method.name!r}; remove it, "
+            f"or use {own!r}"
+        )
+    return found

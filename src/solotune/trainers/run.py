@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from solotune.config import (
 from solotune.data.dialogues import checked_rewards
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
 from solotune.data.samples import load_samples
-from solotune.errors import ConfigError, NotYetError, SolotuneError
+from solotune.errors import ConfigError, DataError, NotYetError, SolotuneError
 from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
@@ -45,7 +45,7 @@ from solotune.trainers.base import Trainer
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, say, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
-from solotune.trainers.registry import get_pipeline, get_trainer
+from solotune.trainers.registry import get_pipeline, trainer_of
 from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import room_for_prompts
 
@@ -80,9 +80,10 @@ def run_recipe(
     if _is_offline(config):
         samples, rewards = load_samples(recipe.data)
         given = _offline_data(config, samples, rewards)
-        eval_prompts = _default_prompts(config, tokenizer, accelerator)
         if recipe.data.eval_prompts is not None:
             eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
+        else:
+            eval_prompts = _prompts(config, None, tokenizer, config.train.batch_size * accelerator.num_processes)
     else:
         given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
         eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
@@ -157,6 +158,8 @@ def train(
     """
     if dataset is not None:
         log.warning("train(dataset=(samples, rewards)) is deprecated: give samples= and rewards=")
+        if not isinstance(dataset, Sequence) or len(dataset) != 2:
+            raise ConfigError(f"train() got dataset= of {type(dataset).__name__}: it has to be (samples, rewards)")
         samples, rewards = dataset
     if samples is None and rewards is not None:
         raise ConfigError("train() got rewards= without samples=: give the samples they belong to")
@@ -176,7 +179,11 @@ def train(
             config.tokenizer.tokenizer_path = model_path
     config.check()
     _supported(config)
-    given = {} if samples is None else _offline_data(config, samples, rewards)
+    given = {} if samples is None else _offline_data(config, _as_list(samples), rewards)
+    if samples is not None and prompts is not None:
+        log.warning(
+            "prompts= is not used: %s learns from samples=; evaluations continue eval_prompts=", config.method.name
+        )
     if samples is None and _is_offline(config):
         raise ConfigError(f"method.name = {config.method.name!r} learns from given samples: train() needs samples=")
     name = config.train.run_name or Path(sys.argv[0] or "train").stem or "train"
@@ -184,12 +191,11 @@ def train(
     accelerator = _accelerator(config, out)
     tokenizer = load_tokenizer(config.tokenizer)
     batch = config.train.batch_size * accelerator.num_processes
-    if samples is not None:
-        given_eval = _default_prompts(config, tokenizer, accelerator)
-    else:
+    if samples is None:
         given = {"prompts": _prompts(config, prompts, tokenizer, batch)}
+    if samples is None and eval_prompts is None:
         given_eval = given["prompts"].select(range(min(batch, len(given["prompts"]))))
-    if eval_prompts is not None:
+    else:
         given_eval = _prompts(config, eval_prompts, tokenizer, batch)
     resume = config.train.resume_from_checkpoint is not None
     return _run(
@@ -230,7 +236,7 @@ def _run(
     main = accelerator.is_main_process
     start_from = _checkpoint_to_resume(config, out) if resume else None
     set_seed(config.train.seed)
-    trainer = get_trainer(_trainer_name(config))(
+    trainer = trainer_of(config)(
         config=config,
         reward_fn=reward_fn,
         **given,
@@ -320,7 +326,7 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
 def _supported(config: TRLConfig) -> None:
     if not isinstance(config.method, PPOConfig | RFTConfig | SFTConfig | ILQLConfig):
         raise NotYetError(f"method.name {config.method.name!r} is not there yet; allowed are PPO, RFT, SFT and ILQL")
-    trainer: Any = get_trainer(_trainer_name(config))
+    trainer: Any = trainer_of(config)
     if config.train.trainer_kwargs and trainer.__module__.startswith("solotune."):
         names = ", ".join(config.train.trainer_kwargs)
         raise ConfigError(f"train.trainer_kwargs: {config.train.trainer!r} takes none; remove {names}")
@@ -333,20 +339,17 @@ def _supported(config: TRLConfig) -> None:
         log.warning("without effect here: %s", ", ".join(names))
 
 
+def _as_list(samples: Any) -> list[Any]:
+    """Raises DataError: what a person gave as samples is one text, or a table of which it is unclear what to learn."""
+    if isinstance(samples, str | bytes | Mapping) or hasattr(samples, "columns") or not isinstance(samples, Iterable):
+        raise DataError(
+            f"samples= is a {type(samples).__name__}: it has to be a list of texts or dialogues [prompt, output, ...]"
+        )
+    return list(samples)
+
+
 def _is_offline(config: TRLConfig) -> bool:
     return isinstance(config.method, SFTConfig | ILQLConfig)
-
-
-def _trainer_name(config: TRLConfig) -> str:
-    """`train.trainer`, or that of the method where the setting was left at its default."""
-    own: dict[type, str] = {
-        RFTConfig: "AccelerateRFTTrainer",
-        SFTConfig: "AccelerateSFTTrainer",
-        ILQLConfig: "AccelerateILQLTrainer",
-    }
-    if config.train.trainer.lower() != "AcceleratePPOTrainer".lower():
-        return config.train.trainer
-    return next((name for cls, name in own.items() if isinstance(config.method, cls)), config.train.trainer)
 
 
 def _offline_data(config: TRLConfig, samples: Sequence[Any], rewards: Any) -> dict[str, Any]:
@@ -370,10 +373,6 @@ def _offline_data(config: TRLConfig, samples: Sequence[Any], rewards: Any) -> di
         checked_rewards(rewards, len(samples))
         log.info("SFT learns every sample alike: the rewards are not used")
     return {"samples": list(samples)}
-
-
-def _default_prompts(config: TRLConfig, tokenizer: Any, accelerator: Accelerator) -> Prompts:
-    return _prompts(config, None, tokenizer, config.train.batch_size * accelerator.num_processes)
 
 
 def _fitting(prompts: Prompts, recipe: Recipe, tokenizer: Any) -> Prompts:
@@ -408,6 +407,11 @@ def _prompts(config: TRLConfig, rows: Sequence[Any] | None, tokenizer: Any, batc
     pipeline = get_pipeline(config.train.pipeline)
     if rows is None:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ConfigError(
+                "the tokenizer has neither a BOS nor an EOS to start from: give prompts= and eval_prompts= "
+                "(data.eval_prompts in a recipe)"
+            )
         return Prompts([""] * batch, ids=[[start]] * batch)
     if pipeline is None:
         given = Prompts.from_list(list(rows))

@@ -6,6 +6,7 @@ from typing import Any
 
 from solotune.errors import NotYetError
 from solotune.trainers.base import Trainer
+from solotune.trainers.offline import OfflineTrainer
 
 __all__ = ["AccelerateRLTrainer"]
 
@@ -26,11 +27,20 @@ INSTEAD = {
 }
 """What trlX's trainers called, and what is called here in its place."""
 
+OF_SAMPLES = {
+    "create_train_dataloader": "rows_at",
+    "loss": "losses",
+    "make_experience": "__init__, which gets samples (and rewards)",
+    "push_to_store": "__init__, which gets samples (and rewards)",
+}
+"""The same where given samples are learned from."""
+
 
 class AccelerateRLTrainer(Trainer):
     """This project's base. Overriding a method of trlX's that is never called here is an error, not silence."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in INSTEAD.keys() & vars(cls).keys():
-            raise NotYetError(f"{cls.__name__}.{name} would never be called here; override {INSTEAD[name]}")
+        instead = INSTEAD | OF_SAMPLES if issubclass(cls, OfflineTrainer) else INSTEAD
+        for name in instead.keys() & vars(cls).keys():
+            raise NotYetError(f"{cls.__name__}.{name} would never be called here; override {instead[name]}")
