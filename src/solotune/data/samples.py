@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,19 @@ def load_samples(data: DataConfig) -> tuple[list[Any], list[float] | None]:
         log.info("%d of %d samples have a reward of at least %g", len(kept), len(rows), data.least_reward)
         samples, rewards = [samples[index] for index in kept], [rewards[index] for index in kept]
     return samples, rewards
+
+
+def as_list(samples: Any) -> list[Any]:
+    """What a script gives as samples, as a list.
+
+    Raises:
+        DataError: it is one text, or a table of which it is unclear what to learn.
+    """
+    if isinstance(samples, str | bytes | Mapping) or hasattr(samples, "columns") or not isinstance(samples, Iterable):
+        raise DataError(
+            f"samples= is a {type(samples).__name__}: it has to be a list of texts or dialogues [prompt, output, ...]"
+        )
+    return list(samples)
 
 
 def _rows(data: DataConfig) -> list[Any]:

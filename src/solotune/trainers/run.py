@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from solotune.config import (
 )
 from solotune.data.dialogues import checked_rewards
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
-from solotune.data.samples import load_samples
-from solotune.errors import ConfigError, DataError, NotYetError, SolotuneError
+from solotune.data.samples import as_list, load_samples
+from solotune.errors import ConfigError, NotYetError, SolotuneError
 from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
@@ -179,7 +179,7 @@ def train(
             config.tokenizer.tokenizer_path = model_path
     config.check()
     _supported(config)
-    given = {} if samples is None else _offline_data(config, _as_list(samples), rewards)
+    given = {} if samples is None else _offline_data(config, as_list(samples), rewards)
     if samples is not None and prompts is not None:
         log.warning(
             "prompts= is not used: %s learns from samples=; evaluations continue eval_prompts=", config.method.name
@@ -337,15 +337,6 @@ def _supported(config: TRLConfig) -> None:
     }
     if names := [name for name, is_set in ignored.items() if is_set]:
         log.warning("without effect here: %s", ", ".join(names))
-
-
-def _as_list(samples: Any) -> list[Any]:
-    """Raises DataError: what a person gave as samples is one text, or a table of which it is unclear what to learn."""
-    if isinstance(samples, str | bytes | Mapping) or hasattr(samples, "columns") or not isinstance(samples, Iterable):
-        raise DataError(
-            f"samples= is a {type(samples).__name__}: it has to be a list of texts or dialogues [prompt, output, ...]"
-        )
-    return list(samples)
 
 
 def _is_offline(config: TRLConfig) -> bool:
