@@ -21,7 +21,7 @@ from solotune.trainers.checkpoint import saved
 from solotune.trainers.ilql import ILQLTrainer
 from solotune.trainers.run_folder import RunFolder, read_lines
 from solotune.trainers.sft import SFTTrainer
-from tests.tiny import PAD, tiny_offline_config
+from tests.tiny import EOS, PAD, tiny_offline_config
 
 SAMPLES = [
     ["a film", " so good"], "a text of its own", ["x", "y", "z", "w"], ["another", " one, a longer one"],
@@ -199,6 +199,18 @@ def test_other_samples_are_not_resumed(tiny_folder, tmp_path):
         solotune.train(samples=SAMPLES[:4], config=config.evolve(train={"checkpoint_dir": str(tmp_path)}))
 
 
+def test_ilql_is_not_resumed_with_other_tokens_of_the_same_number(tiny_folder, tmp_path):
+    """Their rows of Q would be those of others."""
+    trainer = run_tiny(tiny_folder, tmp_path, "ilql")
+    others = [*SAMPLES[:6], "z", *SAMPLES[7:]]
+    config = tiny_offline_config(tiny_folder, "ilql", train={"resume_from_checkpoint": str(tmp_path / "tiny")})
+    config = config.evolve(train={"checkpoint_dir": str(tmp_path)})
+    given = ILQLTrainer(config, others, REWARDS, Prompts(["a"]), accelerator=Accelerator(cpu=True))
+    assert len(given.samples.chosen_tokens) == len(trainer.samples.chosen_tokens)
+    with pytest.raises(ConfigError, match="tokens chosen"):
+        solotune.train(samples=others, rewards=REWARDS, config=config)
+
+
 @BOTH
 def test_a_run_without_a_reward_says_what_it_knows(tiny_folder, tmp_path, method, capsys):
     run_tiny(tiny_folder, tmp_path, method)
@@ -272,12 +284,17 @@ def test_temperature_0_and_missing_arguments_are_trlxs(tiny_folder):
 
 def test_generate_decodes_by_the_heads(tiny_folder):
     trainer = trainer_of(tiny_folder, "ilql")
+    rows = trainer.model.heads.rows
+    assert len(set(rows.of(torch.tensor(trainer.samples.chosen_tokens)).tolist())) == rows.n_rows - 1
+    assert EOS in trainer.samples.chosen_tokens
+    assert rows.n_sharing > 200
+    best = trainer.samples.chosen_tokens[3]
     with torch.no_grad():
         for head in trainer.model.heads.target_q_heads:
-            head.outer.bias[ord("q")] += 1000.0
+            head.outer.bias[rows.of(torch.tensor(best))] += 1000.0
     ids = torch.tensor([[PAD, 5, 6], [7, 8, 9]])
     found = trainer.generate(ids, (ids != PAD).long(), beta=1.0, max_new_tokens=4)
-    assert found.tolist() == [[*row, *[ord("q")] * 4] for row in ids.tolist()]
+    assert found.tolist() == [[*row, *[best] * 4] for row in ids.tolist()]
     assert trainer.generate_eval(ids, beta=0.0, temperature=0).shape[1] <= 3 + 6
     with pytest.raises(ConfigError, match="num_beams"):
         trainer.generate(ids, num_beams=2)
@@ -288,7 +305,7 @@ def test_ilql_with_every_block_frozen_trains_its_heads(tiny_folder, tmp_path):
     trained = {name.partition(".")[0] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained == {"heads"}
     saved_heads = load_file(tmp_path / "tiny" / "model" / "ilql_heads.safetensors")
-    assert {name.partition(".")[0] for name in saved_heads} == {"value_head", "q_heads", "target_q_heads"}
+    assert {name.partition(".")[0] for name in saved_heads} == {"rows", "value_head", "q_heads", "target_q_heads"}
 
 
 @pytest.mark.parametrize(

@@ -117,17 +117,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_path):
 def test_decoding_by_advantages_prefers_what_q_prefers(folder):
     """beta 0 is the policy; with a large beta the token of the largest Q comes first."""
     trainer = trainer_of(folder, "ilql")
-    heads = trainer.model.heads
+    heads, best = trainer.model.heads, trainer.samples.chosen_tokens[3]
     with torch.no_grad():
         for head in heads.target_q_heads:
             head.outer.weight.zero_()
-            head.outer.bias.zero_()[65] = 1.0
+            head.outer.bias.zero_()[heads.rows.of(torch.tensor(best))] = 1.0
     outputs = {}
     for beta in (0, 1000):
         settings = trainer.settings({"max_new_tokens": 4, "beta": beta, "temperature": 0.0})
         outputs[beta] = trainer._sample_eval([0, 1], [0, 1], settings).response_ids_NT
-    assert (outputs[1000] == 65).all()
-    assert not (outputs[0] == 65).all()
+    assert (outputs[1000] == best).all()
+    assert not (outputs[0] == best).all()
 
 
 def test_it_learns_to_reverse_words(tmp_path):

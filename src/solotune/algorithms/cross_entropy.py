@@ -3,6 +3,7 @@
 Shapes: N tokens, I inputs of the layer, V vocabulary, c tokens of a chunk.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def linear_cross_entropy(
     weights_N: Tensor,
     chunk: int | None = None,
     dtype: torch.dtype | None = None,
+    copies_of_last: int = 1,
 ) -> Tensor:
     """sum over n of weights_n * -log softmax(W x_n + b)[target_n].
 
@@ -35,6 +37,8 @@ def linear_cross_entropy(
         weights_N: of each token's term, float, without gradient; 0 leaves it out.
         chunk: rows of logits at a time; None takes what suits the device.
         dtype: of the three products with the vocabulary; the rest stays as it is. None: that of the inputs.
+        copies_of_last: the last row stands for this many equal ones, and its gradient is that of one of them. With
+            more than one no target may be that row.
     Returns:
         A scalar. Differentiable once.
     Raises:
@@ -49,7 +53,7 @@ def linear_cross_entropy(
         elements = CPU_CHUNK_ELEMENTS if inputs_NI.device.type == "cpu" else GPU_CHUNK_ELEMENTS
         chunk = max(1, elements // len(weight_VI))
     return _LinearCrossEntropy.apply(
-        inputs_NI, weight_VI, bias_V, targets_N, weights_N, chunk, dtype or inputs_NI.dtype
+        inputs_NI, weight_VI, bias_V, targets_N, weights_N, chunk, dtype or inputs_NI.dtype, copies_of_last
     )  # type: ignore[return-value]
 
 
@@ -64,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         chunk: int,
         dtype: torch.dtype,
+        copies_of_last: int,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         d_inputs = torch.zeros_like(inputs_NI) if wants[0] else None
@@ -75,6 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             inputs_cI, targets_c1, weights_c1 = inputs_NI[rows].to(dtype), targets_N[rows, None], weights_N[rows, None]
             logits_cV = (inputs_cI @ narrow_VI.T).to(bias_V.dtype).add_(bias_V)
             chosen_c1 = logits_cV.gather(1, targets_c1)
+            if copies_of_last > 1:
+                logits_cV[:, -1] += math.log(copies_of_last)
             largest_c1 = logits_cV.amax(1, keepdim=True)
             slopes_cV = logits_cV.sub_(largest_c1).exp_()
             sums_c1 = slopes_cV.sum(1, keepdim=True)
@@ -90,6 +97,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_weight.addmm_(slopes_cV.T, inputs_cI)
                 else:
                     d_weight += slopes_cV.T @ inputs_cI
+        if copies_of_last > 1:
+            for slopes in (d_weight, d_bias):
+                if slopes is not None:
+                    slopes[-1] /= copies_of_last
         ctx.save_for_backward(d_inputs, d_weight, d_bias)
         return total
 
@@ -99,4 +110,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         scaled = (None if slope is None else slope * grads[0] for slope in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)

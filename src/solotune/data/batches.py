@@ -84,10 +84,10 @@ def collate(samples: Samples, chosen: Sequence[int], stands_in: Sequence[bool] =
             start = end
     picks, targets, last, counts, owners = [], [], [], [], []
     for i, index in enumerate(chosen):
-        learned = [t for t, is_output in enumerate(samples.is_output[index]) if is_output and t > 0]
-        picks += [places[i] + t - 1 for t in learned]
-        targets += [samples.ids[index][t] for t in learned]
-        last += [t == learned[-1] for t in learned]
+        learned = samples.learned(index)
+        picks += [places[i] + t - 1 for t, _ in learned]
+        targets += [token for _, token in learned]
+        last += [t == learned[-1][0] for t, _ in learned]
         counts += [not stands_in[i]] * len(learned)
         owners += [i] * len(learned)
     slots_M = torch.cat([torch.arange(place, place + n) for place, n in zip(places, lengths, strict=True)])

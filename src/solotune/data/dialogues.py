@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from solotune.data.tables import is_unicode
@@ -51,6 +52,16 @@ class Samples:
     def positions(self, index: int) -> int:
         """Positions that are fed to the model for one sample: all of its tokens but the last, and its prompt's."""
         return len(self.ids[index]) - 1 + (len(self.prompts[index]) if self.prompts else 0)
+
+    @cached_property
+    def chosen_tokens(self) -> list[int]:
+        """The tokens to learn, each once, ascending."""
+        return sorted({token for index in range(len(self)) for _, token in self.learned(index)})
+
+    def learned(self, index: int) -> list[tuple[int, int]]:
+        """Place and token of all that is learned of one sample; the very first token is predicted from nothing."""
+        both = zip(self.ids[index], self.is_output[index], strict=True)
+        return [(t, token) for t, (token, is_output) in enumerate(both) if is_output and t > 0]
 
 
 def tokenize_dialogue(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from peft import get_peft_model
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,6 +51,7 @@ def build_policy(
     device: torch.device | str = "cpu",
     meta: bool = False,
     meta_dtype: torch.dtype = torch.float32,
+    tokens_C: Tensor | None = None,
 ) -> PolicyModel:
     """Load the model a configuration names, add its adapter, mark what is trained, and split it.
 
@@ -57,6 +59,7 @@ def build_policy(
         config: only `model`, `train.gradient_checkpointing` and, of the method, which heads it has are read.
         device: where the weights go.
         meta: build the same modules without weights, on the meta device, the frozen ones in `meta_dtype`.
+        tokens_C: for ILQL, the tokens that the data choose; default every one.
     Raises:
         ModelError: the model is not found, has no safetensors, has too few blocks, or the adapter does not fit.
     """
@@ -91,7 +94,7 @@ def build_policy(
         raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
     two_qs, checkpointing = bool(getattr(config.method, "two_qs", True)), config.train.gradient_checkpointing
     if learner == "q":
-        return (Seq2SeqILQLModel if model.is_seq2seq else ILQLModel)(backbone, two_qs, checkpointing)
+        return (Seq2SeqILQLModel if model.is_seq2seq else ILQLModel)(backbone, two_qs, checkpointing, tokens_C)
     if learner == "none":
         return (Seq2SeqOfflineModel if model.is_seq2seq else OfflineModel)(backbone, checkpointing)
     if model.is_seq2seq:

@@ -134,7 +134,7 @@ def parameter_tree(backbone: nn.Module, heads: nn.ModuleDict | None = None) -> P
     """
     seen: dict[int, str] = {}
     root = _read("", _unwrap(backbone), "", seen)
-    named = heads.items() if heads is not None else ()
+    named = [(name, head) for name, head in heads.items() if any(True for _ in head.parameters())] if heads else []
     return ParameterTree(root, tuple(_read(name, head, name, seen) for name, head in named))
 
 

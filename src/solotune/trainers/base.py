@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from solotune.data.prompts import Prompts, encode
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger("solotune")
+DDP = DistributedDataParallelKwargs(broadcast_buffers=False)
+"""Forward passes of evaluations differ in number between processes, and no buffer is trained."""
 PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
 
 
@@ -84,7 +86,7 @@ class Trainer(ABC):
     ):
         self.config, self.plan = config, plan
         self.run = run
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or Accelerator(kwargs_handlers=[DDP])
         self.device = self.accelerator.device
         self.clock = clock or Clock(self.device)
 

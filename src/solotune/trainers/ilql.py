@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import zlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from solotune.data.dialogues import checked_rewards
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError
 from solotune.models.ilql import ILQLModel, QValues
+from solotune.models.loading import build_policy
+from solotune.models.policy import PolicyModel
 from solotune.rollout.settings import SamplingSettings
 from solotune.trainers.offline import OfflineTrainer
 from solotune.trainers.registry import register_trainer
@@ -62,6 +65,10 @@ class ILQLTrainer(OfflineTrainer):
                 float(given[0]),
             )
 
+    def build_policy(self) -> PolicyModel:
+        """With a Q for each token that the samples choose, and one for all others."""
+        return build_policy(self.config, self.device, tokens_C=torch.tensor(self.samples.chosen_tokens))
+
     def losses(self, batch: Batch, trunk_MH: Tensor | None, chosen: Tensor, tokens: Tensor) -> Tensor:
         """The loss, its terms, and the means of Q, V and the advantage."""
         method = self.method
@@ -100,6 +107,10 @@ class ILQLTrainer(OfflineTrainer):
         else:
             own["do_sample"] = False
         return dataclasses.replace(super().settings(own), beta=float(gen_kwargs.get("beta", 1.0)))
+
+    def _data_order(self) -> dict[str, Any]:
+        tokens = torch.tensor(self.samples.chosen_tokens).numpy().tobytes()  # whose the rows of Q are
+        return {**super()._data_order(), "tokens chosen": zlib.crc32(tokens)}
 
     def _hf_generate(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         """`generate` decodes by the Q heads as evaluations do, with torch's own random numbers.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 
 from solotune.config import (
     DataConfig,
@@ -41,7 +41,7 @@ from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
 from solotune.trainers import checkpoint, tracking
-from solotune.trainers.base import Trainer
+from solotune.trainers.base import DDP, Trainer
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import console, say, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
@@ -380,12 +380,10 @@ def _fitting(prompts: Prompts, recipe: Recipe, tokenizer: Any) -> Prompts:
 
 
 def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
-    # Forward passes of evaluations differ in number between processes, and no buffer is trained.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         log_with=tracking.available_tracker(config.train.tracker),
         project_dir=config.train.logging_dir or str(out),
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[DDP],
     )
     show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
