@@ -72,7 +72,7 @@ class Method(NamedTuple):
 
 
 def learn_ppo(seed: int, folder: Path, rounds: int = 40, **model: Any) -> Result:
-    """Rounds of 72 walks, each learned from in 4 steps: fresh samples do more for this task than passes over old ones.
+    """Rounds of 72 walks, each learned from in 4 steps.
 
     The learning rate falls over the run; the critic's weight is small, because it shares all layers with the policy.
     """

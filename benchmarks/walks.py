@@ -154,13 +154,14 @@ def model_config(layers: int = 6, width: int = 144) -> GPT2Config:
 
 
 def pretrained(
-    data: Walks, steps: int = 200, layers: int = 6, width: int = 144, lr: float = 2e-3, cache: Path | None = None
+    data: Walks, steps: int = 800, layers: int = 6, width: int = 144, lr: float = 2e-3, cache: Path | None = None
 ) -> Path:
     """A folder with a model that was trained on the walks as text, each ended by EOS, and its tokenizer.
 
-    Plain next-token prediction with AdamW in batches of 64 walks, at a learning rate that falls to 0; about half a
-    minute on a core. What was trained is kept in `cache` (default a folder in the system's temporary one) under the
-    seed, the settings and this file's content.
+    Plain next-token prediction with AdamW in batches of 64 walks, at a learning rate that falls to 0; about a minute
+    on a core. It has to know the edges: after 200 steps 16 to 28 % of the walks it samples take one that is not there,
+    after 800 it is 3 to 6 %. What was trained is kept in `cache` (default a folder in the system's temporary one) under
+    the seed, the settings and this file's content.
     """
     key = hashlib.sha256(f"{steps} {layers} {width} {lr}".encode() + Path(__file__).read_bytes()).hexdigest()[:12]
     folder = (cache or Path(tempfile.gettempdir()) / "solotune-walks") / f"{data.seed}-{key}"
