@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from solotune.algorithms.cross_entropy import linear_cross_entropy
@@ -105,7 +106,8 @@ class QHead(nn.Module):
 
     def of(self, features_NI: Tensor, rows_N: Tensor) -> Tensor:
         """Q of one row each, (N,)."""
-        return (features_NI * self.outer.weight[rows_N]).sum(-1) + self.outer.bias[rows_N]
+        weight_NI = functional.embedding(rows_N, self.outer.weight)  # whose gradient takes a quarter of an index's
+        return (features_NI * weight_NI).sum(-1) + self.outer.bias[rows_N]
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """Q of every row, (N, R)."""
