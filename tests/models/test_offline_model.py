@@ -132,6 +132,18 @@ def test_the_heads_say_what_plain_heads_say_and_get_their_gradients():
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_log_probs_are_left_out_where_nobody_asks_and_the_head_is_frozen(trains):
+    """A trained head that is used in no pass would stop several processes from averaging its gradient."""
+    model, batch = ilql_of(), collate(some_samples(), [0, 1])
+    model.lm.get_output_embeddings().weight.requires_grad_(trains)
+    found = model("values", batch, None, None, False)
+    asked = model("values", batch, None, None)
+    assert (asked.logprobs_N < 0).all()
+    torch.testing.assert_close(found.logprobs_N, asked.logprobs_N if trains else torch.zeros_like(asked.logprobs_N))
+    torch.testing.assert_close(found.qs_KN, asked.qs_KN)
+
+
 def test_the_vocabularys_q_exists_for_the_chosen_tokens_alone():
     """Of 60 positions 3 are learned: no tensor of the pass has more rows of the vocabulary's width."""
     model = ilql_of()

@@ -37,7 +37,7 @@ class QValues(NamedTuple):
     """What the model says of the chosen tokens.
 
     Args:
-        logprobs_N: log-prob of each under the policy.
+        logprobs_N: log-prob of each under the policy; 0 where nobody asked.
         qs_KN: its Q, by each head.
         target_qs_KN: its Q by each target head, without gradient.
         values_N: V before it was chosen.
@@ -266,10 +266,18 @@ class ILQLModel(OfflineModel):
         values_BT1 = self.heads.value_head(hidden_NH).unflatten(0, shape).unsqueeze(-1)
         return qs, targets, values_BT1
 
-    def _values(self, batch: Batch, trunk_MH: Tensor | None = None, cql_weights_N: Tensor | None = None) -> QValues:
+    def _values(
+        self,
+        batch: Batch,
+        trunk_MH: Tensor | None = None,
+        cql_weights_N: Tensor | None = None,
+        want_logprobs: bool = True,
+    ) -> QValues:
         """What the policy and the heads say of the tokens to learn; see `OfflineModel._hidden`."""
         hidden_NH = self._hidden(batch, trunk_MH)
-        logprobs_N = chunked_logprobs(hidden_NH, batch.targets_N, self.head, want_entropy=False).logprobs_N
+        logprobs_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
+        if want_logprobs or cast(nn.Linear, self.lm.get_output_embeddings()).weight.requires_grad:
+            logprobs_N = chunked_logprobs(hidden_NH, batch.targets_N, self.head, want_entropy=False).logprobs_N
         return QValues(logprobs_N, *self.heads.of(hidden_NH, batch.targets_N, cql_weights_N))
 
     def _sample(self, *args: Any, **kwargs: Any) -> Rollouts:

@@ -73,7 +73,7 @@ class ILQLTrainer(OfflineTrainer):
         """The loss, its terms, and the means of Q, V and the advantage."""
         method = self.method
         cql_weights_N = batch.counts_N / tokens if method.cql_scale > 0 else None
-        now: QValues = self.policy("values", batch, trunk_MH, cql_weights_N)
+        now: QValues = self.policy("values", batch, trunk_MH, cql_weights_N, method.awac_scale > 0)
         rewards_N = torch.where(batch.last_N, self.rewards_n[chosen][batch.sample_N], 0)
         loss = ilql_loss(
             now.logprobs_N,

@@ -34,7 +34,8 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     name, kwargs = config.name.lower(), dict(config.kwargs)
     if "betas" in kwargs:
         kwargs["betas"] = tuple(kwargs["betas"])
-    fused = {"fused": True} if parameters and parameters[0].is_cuda else {}
+    chosen = {"foreach", "differentiable"} & kwargs.keys()  # another implementation
+    fused = {"fused": True} if parameters and parameters[0].is_cuda and not chosen else {}
     try:
         if name in ("adam", "adamw"):
             return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(parameters, **{**fused, **kwargs})

@@ -1,0 +1,32 @@
+"""Optimizers by trlX's names."""
+
+import pytest
+import torch
+
+from solotune.config import OptimizerConfig
+from solotune.errors import ConfigError
+from solotune.trainers.optim import build_optimizer
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_step_in_one_pass_is_the_step_of_its_operations(name):
+    """Which of torch's implementations is the user's choice."""
+    found = []
+    for others in ({}, {"foreach": True}, {"fused": True}):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(50))
+        kwargs = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, **others}
+        optimizer = build_optimizer(OptimizerConfig(name=name, kwargs=kwargs), [parameter])
+        assert {name: value for name, value in optimizer.defaults.items() if name in others} == others
+        for _ in range(30):
+            parameter.grad = torch.randn(50)
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_arguments_that_do_not_fit_are_named():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"optimizer.kwargs .*momentum.* do not fit optimizer.name 'adamw'"):
+        build_optimizer(OptimizerConfig(name="adamw", kwargs={"momentum": 0.9}), [parameter])
