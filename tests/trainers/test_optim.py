@@ -12,18 +12,19 @@ from solotune.trainers.optim import build_optimizer
 def test_a_step_in_one_pass_is_the_step_of_its_operations(name):
     """Which of torch's implementations is the user's choice."""
     found = []
-    for others in ({}, {"foreach": True}, {"fused": True}):
+    for others in ({"fused": True}, {"foreach": True}, {"fused": False}, {}):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(50))
         kwargs = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, **others}
         optimizer = build_optimizer(OptimizerConfig(name=name, kwargs=kwargs), [parameter])
-        assert {name: value for name, value in optimizer.defaults.items() if name in others} == others
+        assert {name: optimizer.defaults[name] for name in others} == others
         for _ in range(30):
             parameter.grad = torch.randn(50)
             optimizer.step()
         found.append(parameter.detach())
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+    assert torch.equal(found[3], found[0])
 
 
 def test_arguments_that_do_not_fit_are_named():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solotune.algorithms.logprobs import CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
+from solotune.algorithms.logprobs import rows_of_chunk
 from solotune.algorithms.masks import ShapeError
 
 
@@ -50,8 +50,7 @@ def linear_cross_entropy(
             f"{tuple(weights_N.shape)}; pass (N, I), (N,) and (N,)"
         )
     if chunk is None:
-        elements = CPU_CHUNK_ELEMENTS if inputs_NI.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-        chunk = max(1, elements // len(weight_VI))
+        chunk = rows_of_chunk(len(weight_VI), inputs_NI.device)
     return _LinearCrossEntropy.apply(
         inputs_NI, weight_VI, bias_V, targets_N, weights_N, chunk, dtype or inputs_NI.dtype, copies_of_last
     )  # type: ignore[return-value]

@@ -16,10 +16,11 @@ from solotune.algorithms.masks import ShapeError
 LogitsOf = Callable[[Tensor], Tensor]
 """The language-model head: (c, H) hidden states to (c, V) logits, each row by itself, whatever happens in between."""
 
-# Logits of a chunk, c * V. On a CPU the chunk should stay near the caches; a GPU wants large matrix products. Three
-# buffers of this size at most are alive at once.
-CPU_CHUNK_ELEMENTS = 2**23
+# Logits of a chunk, c * V. On a CPU the chunk should stay near the caches, but no head is read for fewer than 64 rows; a
+# GPU wants large matrix products. Three buffers of this size at most are alive at once.
+CPU_CHUNK_ELEMENTS = 2**22
 GPU_CHUNK_ELEMENTS = 2**25
+LEAST_CPU_ROWS = 64
 
 
 class LogprobStats(NamedTuple):
@@ -76,8 +77,7 @@ def chunked_logprobs(
 
     vocabulary, head_trains = _inspect_head(logits_of, hidden_NH)
     if chunk is None:
-        elements = CPU_CHUNK_ELEMENTS if hidden_NH.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-        chunk = max(1, elements // vocabulary)
+        chunk = rows_of_chunk(vocabulary, hidden_NH.device)
     if head_trains:
         return _with_trainable_head(hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy)
     if torch.is_grad_enabled() and hidden_NH.requires_grad:
@@ -87,6 +87,13 @@ def chunked_logprobs(
     with torch.no_grad():
         logprobs_N, entropies_N, _ = _sweep(hidden_NH, targets_N, logits_of, temperature, chunk, want_entropy, False)
     return LogprobStats(logprobs_N, entropies_N)
+
+
+def rows_of_chunk(vocabulary: int, device: torch.device) -> int:
+    """How many rows of logits suit the device."""
+    if device.type == "cpu":
+        return max(LEAST_CPU_ROWS, CPU_CHUNK_ELEMENTS // vocabulary)
+    return max(1, GPU_CHUNK_ELEMENTS // vocabulary)
 
 
 def _inspect_head(logits_of: LogitsOf, hidden_NH: Tensor) -> tuple[int, bool]:
@@ -152,22 +159,31 @@ def _sweep(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, entropies and slopes d logprob / d hidden, (N, H), in one pass over the chunks."""
     logprobs, entropies, slopes = [], [], []
-    buffer_cV = None  # one for all chunks: on a CPU fresh pages cost more than the arithmetic done in them
+    buffers: dict[
+        str, Tensor
+    ] = {}  # one each for all chunks: on a CPU fresh pages cost more than the arithmetic in them
+
+    def in_buffer(name: str, like_cV: Tensor, dtype: torch.dtype) -> Tensor:
+        if name not in buffers:
+            buffers[name] = torch.empty_like(like_cV, dtype=dtype)
+        return buffers[name][: len(like_cV)]
+
     for rows_cH, targets_c in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True):
         rows_cH = rows_cH.detach().requires_grad_(want_slopes)
         with torch.set_grad_enabled(want_slopes):
             logits_cV = logits_of(rows_cH)
         with torch.no_grad():
-            wide_cV = logits_cV if logits_cV.dtype == torch.float64 else logits_cV.float()
-            if buffer_cV is None:
-                buffer_cV = torch.empty_like(wide_cV)
-            weights_cV = buffer_cV[: len(rows_cH)]
+            wide = torch.promote_types(logits_cV.dtype, torch.float32)
+            wide_cV = logits_cV if logits_cV.dtype == wide else in_buffer("wide", logits_cV, wide).copy_(logits_cV)
+            is_free = wide_cV is not logits_cV and not want_entropy
+            weights_cV = wide_cV if is_free else in_buffer("weights", logits_cV, wide)
             # softmax = weights / totals, with weights = exp((logits - max) / temperature)
             shifts_c1 = wide_cV.amax(dim=1, keepdim=True) / -temperature
+            chosen_c1 = wide_cV.gather(1, targets_c[:, None]) / temperature
             torch.add(shifts_c1, wide_cV, alpha=1 / temperature, out=weights_cV).exp_()
             totals_c1 = weights_cV.sum(dim=1, keepdim=True)
             logsumexp_c1 = totals_c1.log() - shifts_c1
-            logprobs.append(wide_cV.gather(1, targets_c[:, None]) / temperature - logsumexp_c1)
+            logprobs.append(chosen_c1 - logsumexp_c1)
             if want_entropy:
                 mean_logits_c1 = _row_dots(weights_cV, wide_cV) / totals_c1
                 entropies.append(logsumexp_c1 - mean_logits_c1 / temperature)
@@ -175,8 +191,10 @@ def _sweep(
                 # d logprob / d logits = (onehot - weights / totals) / temperature. The two divisions are done on the
                 # (c, H) result, since the head's derivative is linear and keeps rows apart.
                 weights_cV.scatter_add_(1, targets_c[:, None], -totals_c1)
-                (pulled_cH,) = torch.autograd.grad(logits_cV, rows_cH, weights_cV.to(logits_cV.dtype))
-                slopes.append(pulled_cH.to(wide_cV.dtype) / (-temperature * totals_c1))
+                if logits_cV.dtype != wide:
+                    weights_cV = in_buffer("narrow", logits_cV, logits_cV.dtype).copy_(weights_cV)
+                (pulled_cH,) = torch.autograd.grad(logits_cV, rows_cH, weights_cV)
+                slopes.append(pulled_cH.to(wide) / (-temperature * totals_c1))
     return (
         torch.cat(logprobs)[:, 0],
         torch.cat(entropies)[:, 0] if want_entropy else None,

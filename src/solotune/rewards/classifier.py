@@ -15,6 +15,7 @@ from transformers import (
 
 from solotune.data.assets import resolve
 from solotune.errors import ConfigError, ModelError
+from solotune.models.products import use_fastest_products
 from solotune.rewards.batching import logits
 from solotune.rewards.card import CARD_FILE, read_card
 
@@ -115,6 +116,7 @@ def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _load(name: str, device: str | torch.device, setting: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    use_fastest_products(device)
     path = resolve(name)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(

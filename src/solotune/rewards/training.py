@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from solotune.data.assets import build_once, cache_dir
 from solotune.data.ratings import Pairs, Ratings, Split, load_feedback, split
 from solotune.errors import ConfigError, DataError, ModelError
+from solotune.models.products import use_fastest_products
 from solotune.rewards.base import fingerprint, load_base
 from solotune.rewards.batching import logits, pad, pad_id_of, tokenize
 from solotune.rewards.card import CARD_FILE, card_table, read_card, write_card
@@ -101,6 +102,7 @@ def _train(
     parts = split(feedback.groups(), cfg.holdout, cfg.seed)
     logger.info("training a reward model on %d rows, %d held out", len(parts.train), len(parts.heldout))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        use_fastest_products(device)
         torch.manual_seed(cfg.seed)
         model, tokenizer = load_base(cfg.base, device)
         if isinstance(feedback, Pairs):

@@ -35,7 +35,7 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     if "betas" in kwargs:
         kwargs["betas"] = tuple(kwargs["betas"])
     chosen = {"foreach", "differentiable"} & kwargs.keys()  # another implementation
-    fused = {"fused": True} if parameters and parameters[0].is_cuda and not chosen else {}
+    fused = {"fused": True} if parameters and parameters[0].device.type in ("cpu", "cuda") and not chosen else {}
     try:
         if name in ("adam", "adamw"):
             return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(parameters, **{**fused, **kwargs})
