@@ -16,8 +16,8 @@ from solotune.algorithms.masks import ShapeError
 LogitsOf = Callable[[Tensor], Tensor]
 """The language-model head: (c, H) hidden states to (c, V) logits, each row by itself, whatever happens in between."""
 
-# Logits of a chunk, c * V. On a CPU the chunk should stay near the caches, but no head is read for fewer than 64 rows; a
-# GPU wants large matrix products. Three buffers of this size at most are alive at once.
+# Logits of a chunk, c * V. On a CPU the chunk should stay near the caches, but 64 rows at least share
+# a reading of the head; a GPU wants large matrix products. Three buffers of this size at most are alive at once.
 CPU_CHUNK_ELEMENTS = 2**22
 GPU_CHUNK_ELEMENTS = 2**25
 LEAST_CPU_ROWS = 64
