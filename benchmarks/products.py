@@ -3,7 +3,8 @@
 A round that computes the trunk once cannot do without these: the products of sampling every token through all blocks
 and the head, of measuring policy and reference in the top blocks, and of the updates in the top blocks, forward and
 backward. Norms, activations, softmax, sampling, losses and the optimizer are left out, and so is recomputation.
-Every block has weights of its own, so that they come from memory as the model's do.
+Every block has weights of its own, so that they come from memory as the model's do. They are made by the library that
+solotune would take here, MKL or oneDNN.
 
 N is positions, H width, F the feed-forward width, V vocabulary, R the LoRA rank, and an attention operand is
 (rows, heads, positions, head size).
@@ -16,6 +17,8 @@ from shapes import LORA_BLOCKS, LORA_R, Shape
 from torch import Tensor
 from torch.nn.functional import linear
 from worker import RoundClock, Worker, arguments
+
+from solotune.models.products import use_fastest_products
 
 OUTPUT_PROJECTION = 3  # its place among a block's four attention projections
 
@@ -158,6 +161,7 @@ def _attention_backward(heads: Tensor) -> None:
 def main() -> None:
     worker = Worker()
     shape, device, dtype = arguments(__doc__ or "")
+    use_fastest_products(device)
     products = Products(shape, device, dtype)
     worker.answer(
         {"name": "matrix products", "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__}}

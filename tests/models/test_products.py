@@ -6,15 +6,14 @@ from torch.backends import mkldnn
 
 from solotune.models import products
 
-PRECISION_IS_A_SETTING = products._precision() == "none"
-
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
     """The small products of a test take the path of large ones."""
-    if not (mkldnn.is_available() and PRECISION_IS_A_SETTING and products._is_exact()):
+    if not (mkldnn.is_available() and products._is_exact()):
         pytest.skip("oneDNN is not there, or rounds to bf16 on this processor")
-    monkeypatch.setattr(products, "LEAST_MULTIPLICATIONS", 1)
+    for least in ("LEAST_WEIGHT", "LEAST_ROWS", "LEAST_COLUMNS"):
+        monkeypatch.setattr(products, least, 1)
 
 
 def layouts(rows: int, columns: int) -> list[torch.Tensor]:
@@ -66,7 +65,28 @@ def test_errors_are_those_of_torch(a, b, everything_is_large):
     with pytest.raises(RuntimeError) as found:
         products._mm(a, b)
     assert str(found.value) == str(wanted.value)
-    assert mkldnn.matmul.fp32_precision == "none"
+    assert products._setting.fp32_precision == "none"
+
+
+def test_a_sum_in_place_does_not_change_its_size(everything_is_large):
+    base = torch.zeros(4, 160)
+    for c in (base[1], base[:1]):
+        with pytest.raises(RuntimeError, match=r"shape"):
+            products._addmm_(c, torch.ones(160, 160), torch.ones(160, 160))
+    assert base.shape == (4, 160)
+    assert not base.any()
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(768, 768), (64, 1024), (512, 3072), (1024, 64), (384, 1705)])
+def test_a_row_does_not_depend_on_the_rows_beside_it(inner, columns):
+    """To the last bit: log-probs of a sample are those of a smaller batch, so that the first ratio is 1."""
+    if not products.use_fastest_products("cpu"):
+        pytest.skip("MKL is as fast here")
+    x_NI, w_IO = torch.randn(768, inner), torch.randn(columns, inner).T
+    whole = x_NI @ w_IO
+    for rows in (2, 3, 4, 31, 86, 171, 342, 700):
+        assert torch.equal(x_NI[:rows] @ w_IO, whole[:rows])
+        assert torch.equal(x_NI[-rows:] @ w_IO, whole[-rows:])
 
 
 def test_a_process_multiplies_by_what_is_faster():
@@ -83,22 +103,31 @@ def test_a_process_multiplies_by_what_is_faster():
     for found, wanted in ((x_NI.grad, x_wide_NI.grad), (layer.weight.grad, wide.weight.grad)):
         assert found is not None
         torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=0)
-    if PRECISION_IS_A_SETTING:
-        assert mkldnn.matmul.fp32_precision == "none"
+    assert products._setting.fp32_precision == "none"
+    if is_replaced:
         out = torch.empty(0)
-        products._allow("bf16" if is_replaced else "none")
-        torch.ops.aten.mm.out(x_NI.detach(), layer.weight.detach(), out=out)
-        products._allow("none")
-        assert torch.equal(x_NI.detach() @ layer.weight.detach(), out)
+        with products._by_onednn():
+            torch.ops.aten.mm.out(wanted_by := x_NI.detach(), wide_by := torch.ones(128, 512), out=out)
+        assert torch.equal(wanted_by @ wide_by, out)
 
 
 def test_nothing_is_done_where_it_does_not_belong(monkeypatch):
     assert not products.use_fastest_products("meta")
-    monkeypatch.setattr(products, "_precision", lambda: "ieee")  # somebody else's choice
-    assert not products._replace_kernels.__wrapped__()
-    monkeypatch.setattr(products, "_precision", lambda: "none")
-    monkeypatch.setattr(products, "_is_exact", lambda: False)
-    assert not products._replace_kernels.__wrapped__()
-    monkeypatch.setattr(products, "_is_exact", lambda: True)
-    monkeypatch.setattr(products, "_gain", lambda: 1.2)
-    assert not products._replace_kernels.__wrapped__()
+    for name, answer in (("_is_exact", False), ("_gain", 1.2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(products, name, lambda answer=answer: answer)
+            assert not products._replace_kernels.__wrapped__()
+    products._setting.fp32_precision = "ieee"  # somebody else's choice
+    try:
+        assert not products._replace_kernels.__wrapped__()
+    finally:
+        products._setting.fp32_precision = "none"
+
+
+def test_what_surrounds_the_trial_has_no_say():
+    exact = products._is_exact()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert products._is_exact() == exact
+    finally:
+        torch.set_default_dtype(torch.float32)

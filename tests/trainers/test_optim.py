@@ -27,6 +27,22 @@ def test_a_step_in_one_pass_is_the_step_of_its_operations(name):
     assert torch.equal(found[3], found[0])
 
 
+def test_a_tensor_with_gaps_is_stepped_as_one_without():
+    """On a CPU the step in one pass would walk over the gaps, without an error."""
+    found = []
+    for tensor in (torch.randn(40, 60)[:, ::2], torch.randn(40, 60)[:, ::2].contiguous()):
+        parameter = torch.nn.Parameter(tensor)
+        with torch.no_grad():
+            parameter.copy_(torch.linspace(-1, 1, 1200).view(40, 30))
+        optimizer = build_optimizer(OptimizerConfig(name="adamw", kwargs={"lr": 1e-2}), [parameter])
+        for _ in range(10):
+            optimizer.zero_grad()
+            (parameter * torch.linspace(0, 1, 30)).square().sum().backward()
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_arguments_that_do_not_fit_are_named():
     parameter = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ConfigError, match=r"optimizer.kwargs .*momentum.* do not fit optimizer.name 'adamw'"):

@@ -9,8 +9,11 @@ how fast it is, is tried before it is relied on. Attention is left alone: its ma
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,17 +24,24 @@ from torch.backends import mkldnn
 log = logging.getLogger("solotune")
 
 LEAST_GAIN = 1.3
-"""Below it nothing changes, so that the choice does not depend on what else the machine is doing."""
-LEAST_MULTIPLICATIONS = 2**21
-"""Smaller products are faster by MKL."""
+"""Below it nothing changes, so that the choice does not depend on what else the machine was doing."""
+LEAST_WEIGHT = 2**16
+"""Numbers of the second factor. How many rows meet it has no say, so that a row's result is that of a smaller batch to
+the last bit."""
+LEAST_ROWS, LEAST_COLUMNS = 2, 8
+"""Single rows and few columns are read faster than they are multiplied; MKL is better at them."""
+SHAPES_KEPT = 128
+"""oneDNN compiles a kernel for every shape, in 0.3 ms, and would keep 1,024 of them, a MB each."""
 
+_setting: Any = mkldnn.matmul  # type: ignore[attr-defined]  # its fp32_precision: "none" is MKL
 _kernels: list[torch.library.Library] = []  # a kernel lives as long as its library object
 
 
 def use_fastest_products(device: str | torch.device) -> bool:
     """Let this process multiply large fp32 matrices by oneDNN, if `device` is the CPU and that is as exact and faster.
 
-    It is tried once, in 50 ms. Not done where `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set.
+    It is tried once, in 0.1 s. Not done where `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set.
+    While a product runs that setting is another, for all threads.
 
     Returns:
         Whether it does now.
@@ -41,10 +51,13 @@ def use_fastest_products(device: str | torch.device) -> bool:
 
 @cache
 def _replace_kernels() -> bool:
-    if not (mkldnn.is_available() and mkldnn.enabled and _precision() == "none"):
+    if not (mkldnn.is_available() and mkldnn.enabled and _setting.fp32_precision == "none"):
         return False
-    if not _is_exact() or (gain := _gain()) < LEAST_GAIN:
-        return False
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(name, str(SHAPES_KEPT))
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        if not _is_exact() or (gain := _gain()) < LEAST_GAIN:
+            return False
     kernels = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are replaced
@@ -65,50 +78,55 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 
 
 def _addmm_(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if a.ndim != 2 or b.ndim != 2 or c.shape != (a.shape[0], b.shape[1]):
+        return c.copy_(_addmm(c, a, b, beta=beta, alpha=alpha))  # one of the two refuses
     return _product(torch.ops.aten.addmm.out, c, a, b, beta=beta, alpha=alpha, out=c)
 
 
 def _product(kernel: Any, *operands: Tensor, **options: Any) -> Tensor:
     """By oneDNN what is large; odd shapes and types are left to torch's checks."""
     *_, a, b = operands
-    is_large = a.dtype == torch.float32 and a.ndim == b.ndim == 2 and a.numel() * b.shape[1] >= LEAST_MULTIPLICATIONS
-    if not is_large or _precision() != "none":
+    is_large = (
+        a.dtype == torch.float32
+        and a.ndim == b.ndim == 2
+        and b.numel() >= LEAST_WEIGHT
+        and a.shape[0] >= LEAST_ROWS
+        and b.shape[1] >= LEAST_COLUMNS
+    )
+    if not is_large or _setting.fp32_precision != "none":
         return kernel(*operands, **options)
-    _allow("bf16")
+    with _by_onednn():
+        return kernel(*operands, **options)
+
+
+@contextmanager
+def _by_onednn() -> Iterator[None]:
+    _setting.fp32_precision = "bf16"
     try:
-        return kernel(*operands, **options)
+        yield
     finally:
-        _allow("none")
-
-
-def _precision() -> str | None:
-    """What torch lets oneDNN do to factors of fp32; "none" is its default: they go to MKL. None before torch 2.9."""
-    return getattr(getattr(mkldnn, "matmul", None), "fp32_precision", None)
-
-
-def _allow(precision: str) -> None:
-    mkldnn.matmul.fp32_precision = precision  # type: ignore[attr-defined]
+        _setting.fp32_precision = "none"
 
 
 def _is_exact() -> bool:
     """Whether oneDNN keeps the 24 bits of fp32: products with ones and zeros are the other factor, bit by bit."""
-    factors = torch.linspace(1, 2, 2**16).view(256, 256)
-    _allow("bf16")
-    try:
-        return torch.equal(factors @ torch.eye(256), factors)
-    finally:
-        _allow("none")
+    factors, ones = torch.linspace(1, 2, 2**16, dtype=torch.float32).view(256, 256), torch.eye(256, dtype=torch.float32)
+    with _by_onednn():
+        return torch.equal(factors @ ones, factors) and torch.equal(ones @ factors, factors)
 
 
 def _gain() -> float:
     """How many times as fast oneDNN is as MKL, at a product that both take a millisecond for."""
-    a, b = torch.ones(256, 768), torch.ones(768, 512)
-    seconds = {"none": [], "bf16": []}  # taken in turn, the shortest counts: what others do only makes it longer
-    for _ in range(10):
-        for precision, taken in seconds.items():
-            _allow(precision)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            taken.append(time.perf_counter() - start)
-    _allow("none")
-    return min(seconds["none"]) / min(seconds["bf16"])
+    a, b = torch.ones(256, 768, dtype=torch.float32), torch.ones(768, 512, dtype=torch.float32)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        return time.perf_counter() - start
+
+    mkl, onednn = [], []  # in turn, and the shortest counts: what others do on the machine only makes it longer
+    for _ in range(30):
+        mkl.append(seconds())
+        with _by_onednn():
+            onednn.append(seconds())
+    return min(mkl) / min(onednn)

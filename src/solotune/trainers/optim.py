@@ -35,7 +35,8 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     if "betas" in kwargs:
         kwargs["betas"] = tuple(kwargs["betas"])
     chosen = {"foreach", "differentiable"} & kwargs.keys()  # another implementation
-    fused = {"fused": True} if parameters and parameters[0].device.type in ("cpu", "cuda") and not chosen else {}
+    is_plain = all(p.is_cuda or (p.device.type == "cpu" and p.is_contiguous()) for p in parameters)
+    fused = {"fused": True} if is_plain and not chosen else {}  # wrong, without an error, for strides on a CPU
     try:
         if name in ("adam", "adamw"):
             return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(parameters, **{**fused, **kwargs})
