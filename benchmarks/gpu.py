@@ -46,6 +46,7 @@ from shapes import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_R, LORA_TARGETS, PPO
 from solotune.algorithms import gae, k1, ppo_loss, token_rewards, whiten  # noqa: E402
 from solotune.models.adapters import linear_names  # noqa: E402
 from solotune.models.policy import Measured, PolicyModel  # noqa: E402
+from solotune.models.products import use_fastest_products  # noqa: E402
 from solotune.models.split import Decoder, Head  # noqa: E402
 from solotune.rollout.draw import row_uniforms  # noqa: E402
 from solotune.rollout.records import Rollouts  # noqa: E402
@@ -366,6 +367,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = SHAPES["opt-1.3b" if options.shape == "full" else "tiny"]
     rounds = options.rounds if options.shape == "full" else 2
+    use_fastest_products(device, dtype)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "shape": options.shape,

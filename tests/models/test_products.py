@@ -131,3 +131,23 @@ def test_what_surrounds_the_trial_has_no_say():
         assert products._is_exact() == exact
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_gpu_may_round_to_tf32_beside_16_bit_weights():
+    setting = torch.backends.cuda.matmul
+    try:
+        assert not products.use_fastest_products("cuda", torch.float32)
+        assert setting.fp32_precision == "none"
+        setting.fp32_precision = "ieee"  # somebody else's choice
+        assert not products.use_fastest_products("cuda", torch.bfloat16)
+        assert setting.fp32_precision == "ieee"
+        setting.fp32_precision = "none"
+        for _ in range(2):
+            assert products.use_fastest_products("cuda", torch.bfloat16)
+            assert setting.fp32_precision == "tf32"
+            assert setting.allow_tf32, "and reading the older name is no error"
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        setting.allow_tf32 = False
+        setting.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"

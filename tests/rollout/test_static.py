@@ -6,11 +6,12 @@ import torch
 from solotune.models.split import Decoder, Head, InputRecorder
 from solotune.rollout.draw import row_uniforms
 from solotune.rollout.records import FinishReason, positions_of
-from solotune.rollout.sampler import sample
+from solotune.rollout.sampler import LOOK_EVERY, sample
 from solotune.rollout.settings import SamplingSettings
 from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
 from tests.rollout.test_sampler import STEPS, prompts
 from tests.tiny import ARCHITECTURES, PAD, tiny_lm
+from tests.waiting import reads_of
 
 EVERY = pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a in PARITY_TESTED])
 
@@ -138,3 +139,26 @@ def test_nothing_of_an_earlier_call_is_left():
 def test_what_is_not_parity_tested_is_not_let_in():
     left_out = {a for a in ARCHITECTURES if not StaticSampler.admits(tiny_lm(a).config)}
     assert left_out == {"gpt_neo", "bloom"}
+
+
+@EVERY
+def test_a_step_reads_no_number(architecture):
+    """The host would wait for the device in every step, and a capture would fail."""
+    both = Both(architecture)
+    found, step = [], both.static._run_step
+
+    def watched(*args):
+        found.append(reads_of(lambda: step(*args)))
+
+    both.static._run_step = watched
+    ids, mask = prompts()
+    both.rollouts(ids, mask, eos_token_ids=(3, 5), min_new_tokens=2, top_k=5, top_p=0.9)
+    assert len(found) > LOOK_EVERY
+    assert not any(found)
+
+
+def test_a_reading_is_seen():
+    x = torch.ones(2)
+    for work in (x.tolist, x.sum().item, lambda: bool(x.any()), lambda: float(x[0]), x.cpu, x.numpy, x.nonzero):
+        assert reads_of(work), work
+    assert not reads_of(lambda: x.sum() + 1)

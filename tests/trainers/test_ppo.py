@@ -18,6 +18,7 @@ from solotune.data.prompts import Prompts
 from solotune.trainers.ppo import PPOTrainer
 from solotune.trainers.run_folder import read_lines
 from tests.tiny import EOS, PAD, byte_tokenizer, save_tiny, tiny_lm, tiny_ppo_config
+from tests.waiting import reads_of
 
 PROMPTS = Prompts(["a film", "another film, a longer one", "so", "a film"])
 
@@ -69,6 +70,29 @@ def test_the_first_minibatch_has_ratio_one_and_no_kl(tiny_folder):
     assert ratio == pytest.approx(1.0, abs=1e-6)  # a mean of exact ones
     second = trainer.optimizer_step(rollouts, measured, credit, torch.arange(4))
     assert second[2] > 0, "after a step the policy has moved"
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "last two blocks"])
+def test_what_an_update_does_on_a_gpu_is_the_same_and_reads_no_number(tiny_folder, lora, monkeypatch):
+    """The host would wait for the device in every step. Its ways are gone here, on a CPU that says it is one."""
+    changed = []
+    for says_cuda in (False, True):
+        torch.manual_seed(0)
+        gen = {"max_new_tokens": 6, "eos_token_id": list(range(100))}  # rows of many lengths
+        sections = {"train": {"minibatch_size": 2}, "model": {} if lora else {"delta_kwargs": None}}
+        kwargs = {"lr": 1e-2, "eps": 1.0}  # without which a gradient of 1e-9 takes a whole step
+        trainer = trainer_of(tiny_folder, method={"gen_kwargs": gen}, optimizer={"kwargs": kwargs}, **sections)
+        assert trainer.optimizer.optimizer.defaults["fused"]
+        given = prepared(trainer)
+        with monkeypatch.context() as patch:
+            if says_cuda:
+                patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+            totals = []
+            found = reads_of(lambda t=trainer, g=given, all=totals: all.append(t.optimizer_step(*g, torch.arange(4))))
+        assert bool(found) != says_cuda
+        changed.append([*totals, *(p.detach() for p in trainer.parameters)])
+    for there, here in zip(*changed, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "last two blocks"])

@@ -230,9 +230,9 @@ def _with_trainable_head(
 
 
 def _row_dots(a_cV: Tensor, b_cV: Tensor) -> Tensor:
-    """The scalar product of each row of a with that of b, (c, 1), without their (c, V) product."""
+    """The scalar product of each row of a with that of b, (c, 1); on a CPU without their (c, V) product."""
     if a_cV.device.type != "cpu":
-        return torch.einsum("cv,cv->c", a_cV, b_cV)[:, None]
+        return (a_cV * b_cV).sum(dim=1, keepdim=True)  # a product of matrices may be rounded to TF32
     dots_c1 = a_cV.new_empty((len(a_cV), 1))
     for row, (a_V, b_V) in enumerate(zip(a_cV, b_cV, strict=True)):
         dots_c1[row, 0] = a_V.dot(b_V)  # a quarter of the time of the batched product on a CPU

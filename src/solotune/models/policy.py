@@ -333,7 +333,7 @@ class PolicyModel(nn.Module):
         mask_bT = rollouts.response_mask_NT
         zeros_bT = torch.zeros(mask_bT.shape, device=mask_bT.device)
         # Picking the response tokens out saves the head's work on padding; on a GPU it would make the host wait.
-        picks = hidden_bTH.device.type == "cpu"
+        picks = not hidden_bTH.is_cuda
         hidden_NH = hidden_bTH[mask_bT] if picks else hidden_bTH.flatten(0, 1)
         targets_N = rollouts.response_ids_NT[mask_bT] if picks else rollouts.response_ids_NT.flatten()
 

@@ -1,9 +1,11 @@
-"""Products of fp32 matrices on a CPU by oneDNN, where that is as exact as torch's own and faster.
+"""Products of fp32 matrices: on a CPU by oneDNN, where that is as exact as torch's own and faster; on a GPU in TF32,
+where the language model has 16 bits anyway.
 
-torch multiplies fp32 matrices by MKL, which leaves much of a processor idle that is not Intel's: about 180 GFLOP/s on
-two cores of an EPYC with AVX-512, where oneDNN, which torch has too, reaches 390. torch hands a product to oneDNN if it
-may round the factors to bf16; on a processor without matrix units for bf16 oneDNN does not round. Whether it does, and
-how fast it is, is tried before it is relied on. Attention is left alone: its many small products are slower there.
+On a CPU torch multiplies fp32 matrices by MKL, which leaves much of a processor idle that is not Intel's: about 180
+GFLOP/s on two cores of an EPYC with AVX-512, where oneDNN, which torch has too, reaches 390. torch hands a product to
+oneDNN if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN does not round. Whether
+it does, and how fast it is, is tried before it is relied on. Attention is left alone: its many small products are
+slower there.
 """
 
 from __future__ import annotations
@@ -37,16 +39,33 @@ _setting: Any = mkldnn.matmul  # type: ignore[attr-defined]  # its fp32_precisio
 _kernels: list[torch.library.Library] = []  # a kernel lives as long as its library object
 
 
-def use_fastest_products(device: str | torch.device) -> bool:
-    """Let this process multiply large fp32 matrices by oneDNN, if `device` is the CPU and that is as exact and faster.
+def use_fastest_products(device: str | torch.device, frozen_dtype: torch.dtype | str = torch.float32) -> bool:
+    """Let this process multiply fp32 matrices as fast as it can be done without harm.
 
-    It is tried once, in 0.1 s. Not done where `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set.
-    While a product runs that setting is another, for all threads.
+    On a CPU large ones go to oneDNN, if that is as exact and faster. It is tried once, in 0.1 s. Not done where
+    `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set. While a product runs that setting is
+    another, for all threads.
+
+    On a GPU, where the frozen weights are not fp32, TF32 is allowed: adapters, critics and Q heads are given what
+    16-bit weights computed, and TF32 has the bits for it. Not done where `torch.backends.cuda.matmul.fp32_precision`
+    was set.
 
     Returns:
         Whether it does now.
     """
-    return torch.device(device).type == "cpu" and _replace_kernels()
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return frozen_dtype != torch.float32 and _allow_tf32()
+    return kind == "cpu" and _replace_kernels()
+
+
+def _allow_tf32() -> bool:
+    setting: Any = torch.backends.cuda.matmul
+    if setting.fp32_precision == "none":
+        # By its older name: set by the newer one, whoever reads the older gets an error.
+        setting.allow_tf32 = True
+        log.info("fp32 products on the GPU are rounded to TF32; model.model_extra_configs.dtype: float32 avoids that")
+    return bool(setting.fp32_precision == "tf32")
 
 
 @cache

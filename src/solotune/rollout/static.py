@@ -9,8 +9,8 @@ same memory, captured on its own) when enough are.
 
 On a CPU the same step runs uncaptured; that is what the tests compare with `transformers.generate`.
 
-Shapes: B rows of the storage, b rows of the batch that still runs, P prompt width, T response length, S = P + T - 1
-positions of the cache, V vocabulary, H hidden.
+Shapes: B rows of the storage, b rows of the batch that still runs, P prompt width, T response length, S at
+least P + T - 1 positions of the cache, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ from the end of the keys) and BLOOM (which reads its positions off a growing mas
 
 PROMPT_STEP = 8
 """Prompts are padded to a multiple of this, so that few widths occur."""
+
+CAPACITY_STEP = 8
+"""Positions of the cache are a multiple of this: attention kernels copy a mask of another width, in every block."""
 
 SMALLEST_BATCH = 8
 """A batch shrinks by halves, down to this."""
@@ -244,11 +247,11 @@ class StaticSampler:
         width = -(-width // PROMPT_STEP) * PROMPT_STEP
         if old is not None:
             old_steps = old.response_ids_BT.shape[1]
-            old_width = old.attended_BS.shape[1] - old_steps + 1
+            old_width = (old.attended_BS.shape[1] - old_steps + 1) // PROMPT_STEP * PROMPT_STEP
             if n_rows <= len(old.finish_B) and width <= old_width and steps <= old_steps:
                 return old
             n_rows, width, steps = max(n_rows, len(old.finish_B)), max(width, old_width), max(steps, old_steps)
-        device, capacity = self._parameter.device, width + steps - 1
+        device, capacity = self._parameter.device, -(-(width + steps - 1) // CAPACITY_STEP) * CAPACITY_STEP
         self._graphs.clear()
         self._cache, self._storage = None, None
 

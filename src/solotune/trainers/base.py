@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solotune.data.prompts import Prompts, encode
 from solotune.errors import ConfigError, ModelError, RewardError
-from solotune.models.loading import build_policy, load_tokenizer
+from solotune.models.loading import build_policy, frozen_dtype, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.models.products import use_fastest_products
 from solotune.rewards.guard import OnError
@@ -90,7 +90,7 @@ class Trainer(ABC):
         self.accelerator = accelerator or Accelerator(kwargs_handlers=[DDP])
         self.device = self.accelerator.device
         self.clock = clock or Clock(self.device)
-        use_fastest_products(self.device)
+        use_fastest_products(self.device, frozen_dtype(config.model, self.device))
 
         self.tokenizer = load_tokenizer(config.tokenizer)
         self._scorer = Scorer(
