@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --device cpu --shape tiny --out tiny.json     # the same code, in the tests
 
 Random weights of the real shapes, no network; needs torch, transformers, peft, accelerate, safetensors and numpy only.
-Five parts, each of which is left out by `--skip`, and each of which that fails says so in the JSON:
+Its parts, each a process of its own, each left out by `--skip`, and each of which that fails says so in the JSON:
 
     round     a PPO round of OPT-1.3B (LoRA r=8 on the attention of 2 of 24 blocks, 128 rollouts of 40 tokens, 16
               updates) by phase, median after warm-up, extrapolated to the classic run's 625 rounds; peak memory
@@ -22,6 +22,8 @@ import argparse
 import gc
 import importlib.util
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import time
@@ -46,12 +48,13 @@ from shapes import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_R, LORA_TARGETS, PPO
 from solotune.algorithms import gae, k1, ppo_loss, token_rewards, whiten  # noqa: E402
 from solotune.models.adapters import linear_names  # noqa: E402
 from solotune.models.policy import Measured, PolicyModel  # noqa: E402
-from solotune.models.products import use_fastest_products  # noqa: E402
+from solotune.models.products import allow_tf32_beside, use_fastest_products  # noqa: E402
 from solotune.models.split import Decoder, Head  # noqa: E402
 from solotune.rollout.draw import row_uniforms  # noqa: E402
+from solotune.rollout.masks import PARITY_TESTED  # noqa: E402
 from solotune.rollout.records import Rollouts  # noqa: E402
 from solotune.rollout.settings import SamplingSettings  # noqa: E402
-from solotune.rollout.static import PARITY_TESTED, StaticSampler  # noqa: E402
+from solotune.rollout.static import StaticSampler  # noqa: E402
 
 CLASSIC_ROUNDS = 625
 PAD = 1
@@ -78,8 +81,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+def peaks(device: torch.device) -> dict[str, int]:
+    """Most memory held so far: allocated tensors, and these with what torch keeps for later (among it the temporaries
+    of captured steps); on a CPU the process's."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak_memory_bytes": int(allocated), "reserved_memory_bytes": int(reserved)}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def forget_peak(device: torch.device) -> None:
@@ -101,6 +109,14 @@ class Round:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), **fused)
         self.settings = SamplingSettings(shape.new_tokens)
         self.played = 0
+        self.largest_gap = 0.0
+        allow_tf32_beside(p for p in policy.parameters() if not p.requires_grad)
+
+    def seen(self) -> dict[str, Any]:
+        """Whether the steps were replayed, and how far the log-prob of a token when it was drawn was from the measured
+        one, at most: with a stale weight, mask or position it would be nats."""
+        sampler = self.policy._static_sampler
+        return {"is_captured": sampler is not None and sampler.captures, "largest_logprob_gap": self.largest_gap}
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         size = (self.shape.rollouts, self.shape.prompt_tokens)
@@ -118,6 +134,8 @@ class Round:
         )
         scores = phases.run("score", lambda: (score or lengths)(rollouts))
         measured = phases.run("measure", lambda: self._measure(rollouts))
+        gap_NT = (measured.logprobs_bT - rollouts.sample_logprobs_NT).abs()  # both zero on padding
+        self.largest_gap = max(self.largest_gap, float(gap_NT.max()))
         credit = phases.run("credit", lambda: self._credit(rollouts, scores, measured))
         phases.run("update", lambda: self._update(rollouts, measured, *credit))
         self.played += 1
@@ -203,7 +221,8 @@ def part_round(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: i
         "seconds_per_update": by_phase["update"] / shape.updates_per_round,
         "tokens_per_second": shape.rollouts * shape.new_tokens / seconds,
         "seconds_of_625_rounds": CLASSIC_ROUNDS * seconds,
-        "peak_memory_bytes": peak_bytes(device),
+        **game.seen(),
+        **peaks(device),
     }
 
 
@@ -249,7 +268,7 @@ def best_of(device: torch.device, work: Callable[[], Any], times: int = 3) -> fl
 
 def copy_speed(device: torch.device) -> float:
     """Bytes a second that a copy reads and writes."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / best_of(device, lambda: target.copy_(source))
 
@@ -311,7 +330,8 @@ def part_7b(shape: Shape, device: torch.device, dtype: torch.dtype, nf4: bool = 
     game = Round(policy, Shape(**{**vars(shape), **sizes, "vocabulary": config.vocab_size}), micro_batch=4)
     game.play()
     seconds, _ = game.play()
-    return {"seconds_by_phase": seconds, "peak_memory_bytes": peak_bytes(device), "dtype": "nf4" if nf4 else str(dtype)}
+    kind = "nf4" if nf4 else str(dtype)
+    return {"seconds_by_phase": seconds, "dtype": kind, **game.seen(), **peaks(device)}
 
 
 def in_four_bits(blocks: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -361,42 +381,71 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    result: dict[str, Any] = {"shape": options.shape}
+    names = ["round", "decode", "7b", "7b-nf4", "parity", "learn"]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        names.remove("7b-nf4")
+    if not options.model:
+        names.remove("learn")
+    for name in names:
+        if name in options.skip:
+            continue
+        found = in_a_process(play, name, options)
+        result |= found.pop("machine", {})
+        result[name] = found
+        print(name, json.dumps(found), flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def play(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One part, and on what machine."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: --device cpu --shape tiny runs the same code")
+        return {"failed": "no CUDA device: --device cpu --shape tiny runs the same code"}
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = SHAPES["opt-1.3b" if options.shape == "full" else "tiny"]
-    rounds = options.rounds if options.shape == "full" else 2
-    use_fastest_products(device, dtype)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "shape": options.shape,
-        "dtype": str(dtype),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
-    }
+    use_fastest_products(device)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "round": lambda: part_round(shape, device, dtype, rounds),
+        "round": lambda: part_round(shape, device, dtype, options.rounds if options.shape == "full" else 2),
         "decode": lambda: part_decode(shape, device, dtype),
         "7b": lambda: part_7b(shape, device, dtype),
         "7b-nf4": lambda: part_7b(shape, device, dtype, nf4=True),
-        "parity": lambda: part_parity(device),  # last: a capture that fails can leave the device unusable
+        "parity": lambda: part_parity(device),
+        "learn": lambda: part_learn(options.model, shape, device, dtype),
     }
-    if importlib.util.find_spec("bitsandbytes") is None:
-        del parts["7b-nf4"]
-    if options.model:
-        parts["learn"] = lambda: part_learn(options.model, shape, device, dtype)
-    for name, part in parts.items():
-        if name in options.skip:
-            continue
-        start = time.perf_counter()
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
+    }
+    return {**parts[name](), "machine": machine}
+
+
+def in_a_process(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """A part that fails must not take the others along, on a machine that is lent for minutes: a capture that fails can
+    leave a process's GPU unusable."""
+    context = multiprocessing.get_context("fork")  # nothing here has touched the GPU
+    here, there = context.Pipe(duplex=False)
+
+    def answer() -> None:
         try:
-            result[name] = part()
-        except Exception:  # one part that fails must not lose the others on a machine that is lent for minutes
-            result[name] = {"failed": traceback.format_exc()}
-        result[name]["part_seconds"] = time.perf_counter() - start
-        print(name, json.dumps(result[name]), flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+            there.send(work(*given))
+        except Exception:
+            there.send({"failed": traceback.format_exc()})
+
+    process, start = context.Process(target=answer), time.perf_counter()
+    process.start()
+    there.close()
+    try:
+        found: dict[str, Any] = here.recv()
+    except EOFError:
+        found = {"failed": "the process died"}
+    process.join()
+    if found.get("failed") and process.exitcode:
+        found["failed"] += f" (exit status {process.exitcode})"
+    return {**found, "part_seconds": time.perf_counter() - start}
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _attention_backward(heads: Tensor) -> None:
 def main() -> None:
     worker = Worker()
     shape, device, dtype = arguments(__doc__ or "")
-    use_fastest_products(device, getattr(torch, dtype))
+    use_fastest_products(device)
     products = Products(shape, device, dtype)
     worker.answer(
         {"name": "matrix products", "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__}}

@@ -11,9 +11,10 @@ from solotune.models.ilql import ILQLModel
 from solotune.models.offline import OfflineModel
 from solotune.models.split import Decoder
 from solotune.rollout.draw import row_uniforms
+from solotune.rollout.masks import PARITY_TESTED
 from solotune.rollout.sampler import sample
 from solotune.rollout.settings import SamplingSettings
-from solotune.rollout.static import PARITY_TESTED, StaticSampler
+from solotune.rollout.static import StaticSampler
 from tests.rollout.test_sampler import prompts
 from tests.tiny import ARCHITECTURES, EOS, PAD, tiny_lm
 

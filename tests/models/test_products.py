@@ -133,17 +133,19 @@ def test_what_surrounds_the_trial_has_no_say():
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_gpu_may_round_to_tf32_beside_16_bit_weights():
-    setting = torch.backends.cuda.matmul
+def test_a_gpu_may_round_to_tf32_beside_16_bit_weights(monkeypatch):
+    setting, fp32, bf16 = torch.backends.cuda.matmul, torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)
+    assert not products.allow_tf32_beside([bf16]), "they are on a CPU"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     try:
-        assert not products.use_fastest_products("cuda", torch.float32)
+        assert not products.allow_tf32_beside([fp32, fp32])
         assert setting.fp32_precision == "none"
         setting.fp32_precision = "ieee"  # somebody else's choice
-        assert not products.use_fastest_products("cuda", torch.bfloat16)
+        assert not products.allow_tf32_beside([fp32, bf16])
         assert setting.fp32_precision == "ieee"
         setting.fp32_precision = "none"
         for _ in range(2):
-            assert products.use_fastest_products("cuda", torch.bfloat16)
+            assert products.allow_tf32_beside([fp32, bf16])
             assert setting.fp32_precision == "tf32"
             assert setting.allow_tf32, "and reading the older name is no error"
             assert torch.get_float32_matmul_precision() == "high"
@@ -151,3 +153,12 @@ def test_a_gpu_may_round_to_tf32_beside_16_bit_weights():
         setting.allow_tf32 = False
         setting.fp32_precision = "none"
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_attention_on_a_gpu_is_not_cudnns():
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert products.use_fastest_products("cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

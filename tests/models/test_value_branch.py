@@ -13,10 +13,10 @@ from tests.tiny import tiny_lm, tiny_ppo_config
 ARCHITECTURES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "gemma3_text")
 
 
-def branched(folder, n_blocks, architecture="opt", **model):
+def branched(folder, n_blocks, architecture="opt", dtype=torch.float32, **model):
     """A policy whose critic has `n_blocks` blocks, and a value head that does not say zero."""
     config = tiny_ppo_config(folder, model=model, method={"num_value_layers_unfrozen": n_blocks})
-    config.model.model_path = tiny_lm(architecture)
+    config.model.model_path = tiny_lm(architecture).to(dtype)
     policy = build_policy(config)
     torch.manual_seed(5)
     torch.nn.init.normal_(policy.value_head.layers[-1].weight)
@@ -46,6 +46,21 @@ def test_a_new_branch_sees_what_the_policy_sees(tiny_folder, architecture, kind,
         whole.values_BT[:, rollouts.prompt_width - 1 :].masked_fill(~rollouts.response_mask_NT, 0.0),
         measured.values_bT, atol=1e-5, rtol=1e-5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["opt", "qwen2"])
+@pytest.mark.parametrize("kind", ["lora on the last 2", "last 2 blocks", "everything"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beside_16_bits_a_gpus_masks_fit_every_block(tiny_folder, architecture, kind, dtype, monkeypatch):
+    """The branch is fp32 beside 16-bit blocks. On a CPU that says it is a GPU: masks come ready-made there."""
+    policy = branched(tiny_folder, 1, architecture, dtype, **KINDS[kind])
+    rollouts = rollouts_of(policy)
+    expected = policy("measure", rollouts, 1.0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    measured, updated = policy("measure", rollouts, 1.0), policy("update", rollouts, 1.0)
+    (updated.logprobs_bT.sum() + updated.values_bT.sum()).backward()
+    for name in ("logprobs_bT", "ref_logprobs_bT", "values_bT"):
+        torch.testing.assert_close(getattr(measured, name), getattr(expected, name), atol=0.1, rtol=0.02)
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2])

@@ -5,10 +5,12 @@ import torch
 
 from solotune.models.split import Decoder, Head, InputRecorder
 from solotune.rollout.draw import row_uniforms
+from solotune.rollout.masks import PARITY_TESTED, sequence_masks, takes_masks
 from solotune.rollout.records import FinishReason, positions_of
 from solotune.rollout.sampler import LOOK_EVERY, sample
 from solotune.rollout.settings import SamplingSettings
-from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
+from solotune.rollout.static import StaticSampler
+from tests.models.test_split import KINDS, policy_of
 from tests.rollout.test_sampler import STEPS, prompts
 from tests.tiny import ARCHITECTURES, PAD, tiny_lm
 from tests.waiting import reads_of
@@ -157,8 +159,53 @@ def test_a_step_reads_no_number(architecture):
     assert not any(found)
 
 
+def test_where_a_step_cannot_be_captured_it_runs_as_it_is(monkeypatch, caplog):
+    both, tries = Both("opt"), []
+
+    def fails(*args):
+        tries.append(args)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(both.static, "captures", True)
+    monkeypatch.setattr(both.static, "_captured", fails)
+    ids, mask = prompts()
+    with caplog.at_level("WARNING"):
+        for seed in range(2):
+            assert_equal(*both.rollouts(ids, mask, seed))
+    assert len(tries) == 1
+    assert [record.message for record in caplog.records] == [
+        "steps are not replayed as CUDA graphs, which is slower: capturing one failed (operation not permitted when "
+        "stream is capturing)"
+    ]
+
+
+def test_attention_that_reads_padding_gets_no_ready_masks():
+    config = tiny_lm("llama").config
+    assert takes_masks(config)
+    config._attn_implementation = "flash_attention_2"
+    assert not takes_masks(config)
+    assert not StaticSampler.admits(config)
+
+
 def test_a_reading_is_seen():
     x = torch.ones(2)
     for work in (x.tolist, x.sum().item, lambda: bool(x.any()), lambda: float(x[0]), x.cpu, x.numpy, x.nonzero):
         assert reads_of(work), work
     assert not reads_of(lambda: x.sum() + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_of_two_precisions_are_sampled_in_steps_under_autocast_alone(tiny_folder, dtype):
+    """A step has masks of one precision. In fp16 blocks that are trained in place compute in fp32."""
+    policy, is_stepwise = policy_of(tiny_folder, dtype=dtype, **KINDS["last 2 blocks"]), dtype != torch.float16
+    assert policy._samples_in_steps == is_stepwise
+    assert policy_of(tiny_folder, dtype=dtype, **KINDS["lora on the last 2"])._samples_in_steps
+    if not is_stepwise:
+        return
+    ids, mask = prompts()
+    uniforms = row_uniforms(0, 0, range(len(ids)), STEPS)
+    with policy._recording() as take, policy._autocast():
+        given = (ids, mask, torch.arange(len(ids)), uniforms, SamplingSettings(STEPS), PAD)
+        fixed = StaticSampler(policy.decoder.module, policy.head, take, captures=False).sample(*given)
+    measured = policy("measure", fixed, 1.0)
+    assert (measured.logprobs_bT - fixed.sample_logprobs_NT).abs().max() < (1e-4 if dtype == torch.float32 else 0.2)

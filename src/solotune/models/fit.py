@@ -19,8 +19,9 @@ from solotune.models.ilql import ILQLModel
 from solotune.models.loading import build_policy
 from solotune.models.policy import PolicyModel
 from solotune.models.tree import format_bytes
+from solotune.rollout.masks import MASK_STEP, layer_masks, rounded
 from solotune.rollout.settings import SamplingSettings, sweep
-from solotune.rollout.static import PROMPT_STEP, StaticSampler, layer_masks
+from solotune.rollout.static import PROMPT_STEP, StaticSampler
 
 if TYPE_CHECKING:
     from solotune.config import TRLConfig
@@ -84,7 +85,7 @@ def fit(config: TRLConfig) -> Fit:
     settings = [SamplingSettings.from_gen_kwargs(s.gen_kwargs, None) for s in sweep(getattr(method, "gen_kwargs", {}))]
     steps = max(setting.max_new_tokens for setting in settings)
     width = max(train.seq_length - steps, 1)
-    capacity = -(-width // PROMPT_STEP) * PROMPT_STEP + steps - 1
+    capacity = rounded(rounded(width, PROMPT_STEP) + steps - 1, MASK_STEP)
     n_rollouts = int(getattr(method, "num_rollouts", train.batch_size))
     rows = min(int(getattr(method, "chunk_size", n_rollouts)), n_rollouts)
     micro_batch = train.minibatch_size or train.batch_size

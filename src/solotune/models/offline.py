@@ -17,7 +17,7 @@ from solotune.algorithms.logprobs import chunked_logprobs
 from solotune.data.batches import Batch
 from solotune.models.policy import PolicyModel
 from solotune.models.split import hidden_dtype
-from solotune.rollout.static import PARITY_TESTED, sequence_masks
+from solotune.rollout.masks import takes_masks
 
 
 class _Reached(Exception):  # noqa: N818  no error
@@ -39,7 +39,7 @@ class OfflineModel(PolicyModel):
     @property
     def can_pack(self) -> bool:
         """Whether rows may hold several samples: the architecture takes ready-made masks and its parity is tested."""
-        return self.decoder.module.config.model_type in PARITY_TESTED  # type: ignore[union-attr]
+        return takes_masks(self.decoder.module.config)
 
     @property
     def trunk_dtype(self) -> torch.dtype:
@@ -52,7 +52,7 @@ class OfflineModel(PolicyModel):
     @torch.no_grad()
     def _trunk(self, batch: Batch) -> Tensor:
         """What enters the lowest trained block at the samples' positions, (M, H); nothing above it runs."""
-        inputs: dict[str, Any] = {"attention_mask": self._masks(batch), "use_cache": False}
+        inputs: dict[str, Any] = {"attention_mask": self._masks(batch, self.trunk_dtype), "use_cache": False}
         if self.top.takes_positions:
             inputs["position_ids"] = batch.positions_RS
         return batch.gathered(self._entering(batch.ids_RS, inputs))
@@ -87,11 +87,10 @@ class OfflineModel(PolicyModel):
         trunk_RSH = None if trunk_MH is None else batch.scattered(trunk_MH)
         if self._checkpointing:
             self.top.train(torch.is_grad_enabled())
-        hidden_RSH = self.top(trunk_RSH, batch.ids_RS, self._masks(batch), batch.positions_RS)
+        hidden_RSH = self.top(trunk_RSH, batch.ids_RS, self._masks(batch, self.top.dtype), batch.positions_RS)
         return hidden_RSH.flatten(0, 1)[batch.picks_N]
 
-    def _masks(self, batch: Batch) -> Any:
+    def _masks(self, batch: Batch, dtype: torch.dtype) -> Any:
         if batch.is_packed or (batch.ids_RS.is_cuda and self.can_pack):
-            config: Any = self.decoder.module.config
-            return sequence_masks(config, batch.segments_RS, hidden_dtype(self.decoder.blocks[-1]))
+            return self._ready_masks(batch.segments_RS, dtype)
         return batch.segments_RS

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from solotune.algorithms.logprobs import chunked_logprobs
 from solotune.models.split import Decoder, Encoded, Head, InputRecorder, Top, cast_input, hidden_dtype
 from solotune.rollout.generate import generate
+from solotune.rollout.masks import sequence_masks, takes_masks
 from solotune.rollout.records import Rollouts
 from solotune.rollout.sampler import sample
-from solotune.rollout.static import PARITY_TESTED, StaticSampler, sequence_masks
+from solotune.rollout.static import StaticSampler
 
 log = logging.getLogger("solotune")
 
@@ -157,8 +158,13 @@ class PolicyModel(nn.Module):
         if self.start > 0:
             self._recorder = InputRecorder(self.decoder.blocks[self.start])
             cast_input(self.decoder.blocks[self.start])
+        if (projection := getattr(self.decoder.module, "project_out", None)) is not None:
+            cast_input(projection)  # of a small OPT, frozen where the blocks below it are trained in fp32
         self.value_branch = value_branch
         self._static_sampler: StaticSampler | None = None
+        dtypes = {hidden_dtype(block) for block in self.decoder.blocks}  # its masks are of one
+        is_one_dtype = self._is_mixed or len(dtypes) == 1
+        self._samples_in_steps = is_one_dtype and StaticSampler.admits(self.decoder.module.config)
         self._told_growing = False
         self._branch_input = None  # where the branch starts above the split: what the policy hands to that block
         if value_branch is not None:
@@ -251,7 +257,7 @@ class PolicyModel(nn.Module):
         """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made; on a GPU the same with
         fixed-shape steps (`rollout.static`) where the architecture's parity is tested."""
         with self._recording(self._is_online) as take_trunk:
-            if self.device.type == "cuda" and StaticSampler.admits(self.decoder.module.config):
+            if self.device.type == "cuda" and self._samples_in_steps:
                 if self._static_sampler is None:
                     self._static_sampler = StaticSampler(self.decoder.module, self._sampling_head, take_trunk)
                 return self._static_sampler.sample(*args, **kwargs)
@@ -314,14 +320,17 @@ class PolicyModel(nn.Module):
         """Hidden states from which each response token was predicted, (b, T, H); `given` has the top's input where that
         is not the trunk's output."""
         ids_bS, mask_bS, positions_bS = rollouts.inputs
-        if mask_bS.is_cuda and PARITY_TESTED.get(self.decoder.module.config.model_type) is not None:  # type: ignore[union-attr]
-            dtype = hidden_dtype(self.decoder.blocks[-1])
-            mask_bS = sequence_masks(self.decoder.module.config, mask_bS, dtype)
+        if mask_bS.is_cuda and takes_masks(self.decoder.module.config):
+            mask_bS = self._ready_masks(mask_bS, top.dtype)
         if self._checkpointing:
             top.train(torch.is_grad_enabled())
         trunk_bSH = rollouts.trunk_NSH if given is None else given.take()
         hidden_bSH = top(trunk_bSH, ids_bS, mask_bS, positions_bS, self._encoded(rollouts, top))
         return hidden_bSH[:, rollouts.prompt_width - 1 :]
+
+    def _ready_masks(self, segments_BS: Tensor, dtype: torch.dtype) -> Any:
+        """The masks of blocks that compute in `dtype`, or as autocast has it."""
+        return sequence_masks(self.decoder.module.config, segments_BS, torch.bfloat16 if self._is_mixed else dtype)
 
     def _encoded(self, rollouts: Rollouts, top: Top) -> Encoded | None:
         """What the blocks attend to beside the tokens; see `models.seq2seq`."""

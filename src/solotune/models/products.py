@@ -1,5 +1,5 @@
-"""Products of fp32 matrices: on a CPU by oneDNN, where that is as exact as torch's own and faster; on a GPU in TF32,
-where the language model has 16 bits anyway.
+"""Which library multiplies: on a CPU fp32 matrices by oneDNN, where that is as exact as torch's own and faster; on a
+GPU attention not by cuDNN, and fp32 matrices in TF32 beside a language model of 16 bits.
 
 On a CPU torch multiplies fp32 matrices by MKL, which leaves much of a processor idle that is not Intel's: about 180
 GFLOP/s on two cores of an EPYC with AVX-512, where oneDNN, which torch has too, reaches 390. torch hands a product to
@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -39,31 +39,37 @@ _setting: Any = mkldnn.matmul  # type: ignore[attr-defined]  # its fp32_precisio
 _kernels: list[torch.library.Library] = []  # a kernel lives as long as its library object
 
 
-def use_fastest_products(device: str | torch.device, frozen_dtype: torch.dtype | str = torch.float32) -> bool:
-    """Let this process multiply fp32 matrices as fast as it can be done without harm.
+def use_fastest_products(device: str | torch.device) -> bool:
+    """Let this process multiply by the kernels that are fast and exact on `device`.
 
-    On a CPU large ones go to oneDNN, if that is as exact and faster. It is tried once, in 0.1 s. Not done where
-    `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set. While a product runs that setting is
+    On a CPU large fp32 matrices go to oneDNN, if that is as exact and faster. It is tried once, in 0.1 s. Not done
+    where `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set. While a product runs that setting is
     another, for all threads.
 
-    On a GPU, where the frozen weights are not fp32, TF32 is allowed: adapters, critics and Q heads are given what
-    16-bit weights computed, and TF32 has the bits for it. Not done where `torch.backends.cuda.matmul.fp32_precision`
-    was set.
+    On a GPU cuDNN's attention is switched off, which torch prefers on Hopper: with a mask it makes a plan for every
+    width, and its gradient can be NaN (pytorch issue 196678, since torch 2.11).
+
+    Returns:
+        Whether anything is another than torch's choice now.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return kind == "cuda" or (kind == "cpu" and _replace_kernels())
+
+
+def allow_tf32_beside(weights: Iterable[Tensor]) -> bool:
+    """Let a GPU round products of fp32 matrices to TF32, if any of these frozen weights is there and not fp32.
+
+    Adapters, critics and Q heads are fp32, and are given what 16-bit weights computed; TF32 has the bits for it. Not
+    done where `torch.backends.cuda.matmul.fp32_precision` was set.
 
     Returns:
         Whether it does now.
     """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return frozen_dtype != torch.float32 and _allow_tf32()
-    return kind == "cpu" and _replace_kernels()
-
-
-def _allow_tf32() -> bool:
     setting: Any = torch.backends.cuda.matmul
-    if setting.fp32_precision == "none":
-        # By its older name: set by the newer one, whoever reads the older gets an error.
-        setting.allow_tf32 = True
+    if setting.fp32_precision == "none" and any(w.is_cuda and w.element_size() < 4 for w in weights):
+        setting.allow_tf32 = True  # its older name: after the newer one, reading the older is an error
         log.info("fp32 products on the GPU are rounded to TF32; model.model_extra_configs.dtype: float32 avoids that")
     return bool(setting.fp32_precision == "tf32")
 

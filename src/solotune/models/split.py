@@ -155,6 +155,8 @@ class Top:
         start: first block of the top; 0 runs the whole decoder from token ids.
         blocks: other blocks to run in their place (the frozen copy), default the decoder's own.
         norms: other final norms by name, default the decoder's own.
+    Attributes:
+        dtype: what the blocks compute in, autocast aside.
     """
 
     def __init__(
@@ -169,11 +171,11 @@ class Top:
         self.takes_positions = "position_ids" in inspect.signature(module.forward).parameters
         self._embedding_dim = int(cast(nn.Embedding, decoder.lm.get_input_embeddings()).weight.shape[1])
         self._trunk: Tensor | None = None
+        own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
+        self.dtype = hidden_dtype(own[0])
         if start == 0:
             self._module = module
             return
-        own = list(blocks if blocks is not None else list(decoder.blocks)[start:])
-        self._dtype = hidden_dtype(own[0])
         own[0] = _without_hooks(_with_position_bias(own[0], decoder.blocks[0]))
         own[0].register_forward_pre_hook(self._replace, with_kwargs=True)
         self._module = _shallow_copy(module, {decoder.list_name: nn.ModuleList(own), **(norms or {})})
@@ -181,7 +183,7 @@ class Top:
 
     def _replace(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert self._trunk is not None
-        trunk_BTH = self._trunk.to(self._dtype)  # blocks trained in place are fp32, the trunk may be bf16
+        trunk_BTH = self._trunk.to(self.dtype)  # blocks trained in place are fp32, the trunk may be bf16
         if args:
             return (trunk_BTH, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": trunk_BTH}

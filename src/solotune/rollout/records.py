@@ -97,7 +97,8 @@ class Rollouts(NamedTuple):
 
 
 def _rows_of(field: Tensor, rows: Tensor) -> Tensor:
-    """`field[rows]` on the device of `rows`; from the host through page-locked memory, copied without a wait."""
+    """`field[rows]` on the device of `rows`; from the host through page-locked memory. The host waits
+    for `rows`, not for the copy."""
     if field.device == rows.device:
         return field[rows]
     picked = torch.empty((len(rows), *field.shape[1:]), dtype=field.dtype, pin_memory=rows.is_cuda)

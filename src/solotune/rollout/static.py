@@ -25,34 +25,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from solotune.rollout.generate import ends_of
+from solotune.rollout.masks import MASK_STEP, additive, layer_masks, rounded, takes_masks
 from solotune.rollout.records import FinishReason, Rollouts, positions_of
 from solotune.rollout.sampler import LOOK_EVERY, FindStop, choose
 from solotune.rollout.settings import SamplingSettings
 
 log = logging.getLogger("solotune")
 
-PARITY_TESTED = {
-    "gemma2": "by layer",
-    "gemma3_text": "by layer",
-    "gpt2": "full",
-    "gpt_neox": "full",
-    "gptj": "full",
-    "llama": "full",
-    "mistral": "window",
-    "opt": "full",
-    "phi": "full",
-    "qwen2": "by layer",
-    "qwen3": "by layer",
-}
-"""Architectures whose fixed-shape steps give what their own forward gives, and how they take their masks: one for all
-layers, one cut to a window, or one for each kind of layer. Not among them: GPT-Neo (its local layers count positions
-from the end of the keys) and BLOOM (which reads its positions off a growing mask on the host)."""
-
 PROMPT_STEP = 8
 """Prompts are padded to a multiple of this, so that few widths occur."""
-
-CAPACITY_STEP = 8
-"""Positions of the cache are a multiple of this: attention kernels copy a mask of another width, in every block."""
 
 SMALLEST_BATCH = 8
 """A batch shrinks by halves, down to this."""
@@ -164,10 +145,11 @@ class StaticSampler:
         self._decoder, self._head, self._take_trunk = decoder, head, take_trunk
         self._config: Any = decoder.config
         self._parameter = next(decoder.parameters())
-        self._captures = self._parameter.is_cuda if captures is None else captures
+        self.captures = self._parameter.is_cuda if captures is None else captures
         self._storage: Storage | None = None
         self._cache: Cache | None = None
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._side: torch.cuda.Stream | None = None  # one for all captures: every stream keeps a workspace of its own
 
     @staticmethod
     def admits(config: Any) -> bool:
@@ -176,7 +158,7 @@ class StaticSampler:
         quantization = getattr(config, "quantization_config", None)
         looks_for_outliers = getattr(quantization, "load_in_8bit", False)
         grows = isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope")
-        return config.model_type in PARITY_TESTED and not grows and not looks_for_outliers
+        return takes_masks(config) and not grows and not looks_for_outliers
 
     @torch.no_grad()
     def sample(
@@ -244,14 +226,14 @@ class StaticSampler:
     def _prepared(self, n_rows: int, width: int, steps: int) -> Storage:
         """Storage that is large enough, the one of the last call where it is."""
         old = self._storage
-        width = -(-width // PROMPT_STEP) * PROMPT_STEP
+        width = rounded(width, PROMPT_STEP)
         if old is not None:
             old_steps = old.response_ids_BT.shape[1]
             old_width = (old.attended_BS.shape[1] - old_steps + 1) // PROMPT_STEP * PROMPT_STEP
             if n_rows <= len(old.finish_B) and width <= old_width and steps <= old_steps:
                 return old
             n_rows, width, steps = max(n_rows, len(old.finish_B)), max(width, old_width), max(steps, old_steps)
-        device, capacity = self._parameter.device, -(-(width + steps - 1) // CAPACITY_STEP) * CAPACITY_STEP
+        device, capacity = self._parameter.device, rounded(width + steps - 1, MASK_STEP)
         self._graphs.clear()
         self._cache, self._storage = None, None
 
@@ -323,13 +305,17 @@ class StaticSampler:
         assert self._storage is not None
         view = self._storage.first_rows(batch)
         excluded_E = _excluded(step, settings, view.finish_B.device)
-        if not self._captures:
-            self._run_step(view, settings, pad_token_id, excluded_E)
-            return
         key = (batch, excluded_E is not None, pad_token_id, settings.drawing)
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(view, settings, pad_token_id, excluded_E)
-        self._graphs[key].replay()
+        if self.captures and key not in self._graphs:
+            try:
+                self._graphs[key] = self._captured(view, settings, pad_token_id, excluded_E)
+            except RuntimeError as error:
+                self.captures = False
+                log.warning("steps are not replayed as CUDA graphs, which is slower: capturing one failed (%s)", error)
+        if self.captures:
+            self._graphs[key].replay()
+        else:
+            self._run_step(view, settings, pad_token_id, excluded_E)
 
     def _captured(
         self, view: Storage, settings: SamplingSettings, pad_token_id: int, excluded_E: Tensor | None
@@ -338,26 +324,29 @@ class StaticSampler:
         and values need not be: the step writes them again)."""
         written = [x for x in view if x is not None and x is not view.trunk_BSH and x is not view.uniforms_BT]
         kept = [x.clone() for x in written]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        side = self._side = self._side or torch.cuda.Stream()
 
         def restore() -> None:
             for tensor, before in zip(written, kept, strict=True):
                 tensor.copy_(before)
 
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Autocast's cache of casted weights is freed when it ends, and would be read by every replay.
         uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
-        with uncached if torch.is_autocast_enabled("cuda") else contextlib.nullcontext():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        try:
+            with uncached if torch.is_autocast_enabled("cuda") else contextlib.nullcontext():
+                side.wait_stream(stream)
                 for _ in range(2):
+                    with torch.cuda.stream(side):
+                        self._run_step(view, settings, pad_token_id, excluded_E)
+                        restore()
+                stream.wait_stream(side)
+                with torch.cuda.graph(graph, pool=pool, stream=side):
                     self._run_step(view, settings, pad_token_id, excluded_E)
-                    restore()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=pool):
-                self._run_step(view, settings, pad_token_id, excluded_E)
-        restore()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails may leave its own
+            restore()
         return graph
 
     def _run_step(
@@ -380,13 +369,13 @@ class StaticSampler:
 
     def _masks(self, view: Storage) -> Any:
         """What attention adds to its scores, (b, 1, 1, S): 0 where it may look, the smallest number where not."""
-        full = _additive(view.attended_BS, self._parameter.dtype)
+        full = additive(view.attended_BS, self._parameter.dtype)
         window = getattr(self._config, "sliding_window", None)
         if window is None:
             return layer_masks(self._config, full, full)
         positions_S = torch.arange(view.attended_BS.shape[1], device=full.device)
         near_BS = view.attended_BS & (positions_S > view.slot_1 - window)
-        return layer_masks(self._config, full, _additive(near_BS, self._parameter.dtype))
+        return layer_masks(self._config, full, additive(near_BS, self._parameter.dtype))
 
     def _draw(
         self,
@@ -440,30 +429,6 @@ class StaticSampler:
             layer.is_stepping = is_stepping
 
 
-def layer_masks(config: Any, full: Tensor, windowed: Tensor) -> Any:
-    """The masks of all layers as the architecture takes them."""
-    kind = PARITY_TESTED[config.model_type]
-    if kind == "by layer":
-        return {"full_attention": full, "sliding_attention": windowed}
-    return windowed if kind == "window" else full
-
-
-def sequence_masks(config: Any, segments_BS: Tensor, dtype: torch.dtype) -> Any:
-    """The masks of whole sequences, ready-made: given the mask of their padding, (B, S), models read it on the host.
-
-    `segments_BS` is 0 on padding, and elsewhere 1, or which of the sequences packed into its row a token belongs to: no
-    token looks at another sequence.
-    """
-    positions_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
-    distance_SS = positions_S[:, None] - positions_S
-    may_look_BSS = (distance_SS >= 0) & (segments_BS[:, :, None] == segments_BS[:, None, :])
-    full = _additive(may_look_BSS, dtype)
-    window = getattr(config, "sliding_window", None)
-    return layer_masks(
-        config, full, full if window is None else _additive(may_look_BSS & (distance_SS < window), dtype)
-    )
-
-
 _constants: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
@@ -478,13 +443,6 @@ def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
 def _excluded(step: int, settings: SamplingSettings, device: torch.device) -> Tensor | None:
     """The tokens that may not be drawn at a step: EOS before `min_new_tokens`."""
     return _ids(settings.eos_token_ids, device) if step < settings.min_new_tokens else None
-
-
-def _additive(may_look: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, S) or (b, S, S) to what is added to scores, (b, 1, 1, S) or (b, 1, S, S)."""
-    hidden = torch.zeros(may_look.shape, dtype=dtype, device=may_look.device)
-    hidden = hidden.masked_fill(~may_look, torch.finfo(dtype).min)
-    return hidden[:, None, None] if hidden.ndim == 2 else hidden[:, None]
 
 
 def _smaller_batch(batch: int, n_running: int) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from solotune.data.prompts import Prompts, encode
 from solotune.errors import ConfigError, ModelError, RewardError
-from solotune.models.loading import build_policy, frozen_dtype, load_tokenizer
+from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
-from solotune.models.products import use_fastest_products
+from solotune.models.products import allow_tf32_beside, use_fastest_products
 from solotune.rewards.guard import OnError
 from solotune.rollout.records import Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
@@ -90,7 +90,7 @@ class Trainer(ABC):
         self.accelerator = accelerator or Accelerator(kwargs_handlers=[DDP])
         self.device = self.accelerator.device
         self.clock = clock or Clock(self.device)
-        use_fastest_products(self.device, frozen_dtype(config.model, self.device))
+        use_fastest_products(self.device)
 
         self.tokenizer = load_tokenizer(config.tokenizer)
         self._scorer = Scorer(
@@ -107,6 +107,7 @@ class Trainer(ABC):
         eval_ids = self._encode(eval_prompts)
         with self.clock.phase("load"):
             policy = self.build_policy()
+        allow_tf32_beside(p for p in policy.parameters() if not p.requires_grad)
         self._check_vocabulary(policy)
         self._check_positions(policy, self._longest([*prompt_ids, *eval_ids]))
         self._has_reference = policy.has_reference
