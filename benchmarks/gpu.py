@@ -29,6 +29,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,7 @@ class Round:
     def seen(self) -> dict[str, Any]:
         """Whether the steps were replayed, and how far the log-prob of a token when it was drawn was from the measured
         one, at most: with a stale weight, mask or position it would be nats."""
-        sampler = self.policy._static_sampler
-        return {"is_captured": sampler is not None and sampler.captures, "largest_logprob_gap": self.largest_gap}
+        return {"is_captured": is_captured(self.policy), "largest_logprob_gap": self.largest_gap}
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         size = (self.shape.rollouts, self.shape.prompt_tokens)
@@ -251,7 +251,13 @@ def part_decode(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[
             "ratio": theirs / ours,
             "share_of_bandwidth_limit": limit / ours,  # the weights alone, read once a token
         }
-    return result
+    return {**result, "is_captured": is_captured(policy)}
+
+
+def is_captured(policy: PolicyModel) -> bool:
+    """Whether its steps were replayed as CUDA graphs."""
+    sampler = policy._static_sampler
+    return sampler is not None and sampler.captures
 
 
 def best_of(device: torch.device, work: Callable[[], Any], times: int = 3) -> float:
@@ -274,7 +280,8 @@ def copy_speed(device: torch.device) -> float:
 
 
 def part_parity(device: torch.device) -> dict[str, Any]:
-    """Architecture -> whether captured greedy steps give transformers.generate's tokens, while the batch shrinks."""
+    """Architecture -> whether greedy steps (captured, on a GPU) give transformers.generate's tokens, while the batch
+    shrinks."""
     from solotune.models.split import Decoder
     from tests.tiny import PAD as TINY_PAD
     from tests.tiny import tiny_lm
@@ -301,7 +308,7 @@ def part_parity(device: torch.device) -> dict[str, Any]:
             found = sampler.sample(ids, mask, torch.arange(len(ids), device=device), uniforms, settings, TINY_PAD)
             kept, width = found.response_mask_NT, found.response_ids_NT.shape[1]
             equal &= bool((found.response_ids_NT == expected[:, :width])[kept].all())
-        return equal
+        return equal and sampler.captures == (device.type == "cuda")
 
     def outcome(architecture: str) -> bool | str:
         try:
@@ -426,16 +433,9 @@ def play(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def in_a_process(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     """A part that fails must not take the others along, on a machine that is lent for minutes: a capture that fails can
     leave a process's GPU unusable."""
-    context = multiprocessing.get_context("fork")  # nothing here has touched the GPU
+    context = multiprocessing.get_context("spawn")  # libraries look at the GPU when they are imported
     here, there = context.Pipe(duplex=False)
-
-    def answer() -> None:
-        try:
-            there.send(work(*given))
-        except Exception:
-            there.send({"failed": traceback.format_exc()})
-
-    process, start = context.Process(target=answer), time.perf_counter()
+    process, start = context.Process(target=_answer, args=(there, work, given)), time.perf_counter()
     process.start()
     there.close()
     try:
@@ -443,9 +443,16 @@ def in_a_process(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, 
     except EOFError:
         found = {"failed": "the process died"}
     process.join()
-    if found.get("failed") and process.exitcode:
+    if "failed" in found and process.exitcode:
         found["failed"] += f" (exit status {process.exitcode})"
     return {**found, "part_seconds": time.perf_counter() - start}
+
+
+def _answer(there: Connection, work: Callable[..., dict[str, Any]], given: tuple[Any, ...]) -> None:
+    try:
+        there.send(work(*given))
+    except Exception:
+        there.send({"failed": traceback.format_exc()})
 
 
 if __name__ == "__main__":

@@ -136,6 +136,10 @@ def benchmark(settings: argparse.Namespace) -> dict[str, Any]:
         **ours.report(shape),
         **full_update,
         "seconds_of_matrix_products": median(played["seconds"] for played in products.rounds),
+        "matrix_products_by_phase": {
+            phase: median(played["seconds_by_phase"][phase] for played in products.rounds)
+            for phase in products.rounds[0]["seconds_by_phase"]
+        },
     }
     for peer in peers:
         result["peer"] = {"shape": shape.name, "device": settings.device, **peer.report(shape)}

@@ -49,7 +49,11 @@ def solotune_round(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_has_every_promised_key(result: dict) -> None:
-    assert result.keys() >= PROMISED | {"seconds_per_full_update", "seconds_of_matrix_products"}
+    assert result.keys() >= PROMISED | {
+        "seconds_per_full_update",
+        "seconds_of_matrix_products",
+        "matrix_products_by_phase",
+    }
     assert result["seconds_by_phase"].keys() == PHASES
 
 
@@ -120,3 +124,14 @@ def test_the_gpu_benchmark_on_a_cpu(tmp_path):
     assert result["round"]["seconds_of_625_rounds"] == 625 * result["round"]["seconds_per_round"]
     assert set(result["decode"]) >= {"1", "4", "copy_bytes_per_second"}
     assert len(result["learn"]["reward_by_round"]) == 30
+    assert 0 < result["round"]["largest_logprob_gap"] < 1e-4
+    assert result["round"]["is_captured"] is False
+    assert result["7b"]["peak_memory_bytes"] > 2**20
+
+
+def test_a_part_that_fails_or_dies_leaves_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    in_a_process = importlib.import_module("gpu").in_a_process
+    assert "ZeroDivisionError" in in_a_process(divmod, 1, 0)["failed"]
+    assert in_a_process(os._exit, 3)["failed"] == "the process died (exit status 3)"
+    assert in_a_process(dict, {"x": 1})["x"] == 1

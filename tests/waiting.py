@@ -17,7 +17,8 @@ _OPERATORS = {
     torch.ops.aten.nonzero.default,
     torch.ops.aten.masked_select.default,
 }
-_METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}  # which dispatch nothing on a CPU
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+_METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.unique}  # which dispatch nothing on a CPU
 
 
 class _Operators(TorchDispatchMode):
@@ -26,7 +27,8 @@ class _Operators(TorchDispatchMode):
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OPERATORS:
+        by_mask = func in _INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if func in _OPERATORS or by_mask:
             self._found.append(str(func))
         return func(*args, **(kwargs or {}))
 

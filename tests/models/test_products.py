@@ -149,6 +149,11 @@ def test_a_gpu_may_round_to_tf32_beside_16_bit_weights(monkeypatch):
             assert setting.fp32_precision == "tf32"
             assert setting.allow_tf32, "and reading the older name is no error"
             assert torch.get_float32_matmul_precision() == "high"
+        assert not products.allow_tf32_beside([fp32]), "a later model that is fp32 has all its bits"
+        assert setting.fp32_precision == "none"
+        assert not setting.allow_tf32
+        setting.allow_tf32 = True  # somebody else's choice again
+        assert products.allow_tf32_beside([fp32])
     finally:
         setting.allow_tf32 = False
         setting.fp32_precision = "none"

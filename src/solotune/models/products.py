@@ -36,6 +36,7 @@ SHAPES_KEPT = 128
 """oneDNN compiles a kernel for every shape, in 0.3 ms, and would keep 1,024 of them, a MB each."""
 
 _setting: Any = mkldnn.matmul  # type: ignore[attr-defined]  # its fp32_precision: "none" is MKL
+_is_tf32_ours = False
 _kernels: list[torch.library.Library] = []  # a kernel lives as long as its library object
 
 
@@ -59,7 +60,8 @@ def use_fastest_products(device: str | torch.device) -> bool:
 
 
 def allow_tf32_beside(weights: Iterable[Tensor]) -> bool:
-    """Let a GPU round products of fp32 matrices to TF32, if any of these frozen weights is there and not fp32.
+    """Let a GPU round products of fp32 matrices to TF32, if any of these frozen weights is there and not fp32; else not
+    (any more).
 
     Adapters, critics and Q heads are fp32, and are given what 16-bit weights computed; TF32 has the bits for it. Not
     done where `torch.backends.cuda.matmul.fp32_precision` was set.
@@ -67,10 +69,15 @@ def allow_tf32_beside(weights: Iterable[Tensor]) -> bool:
     Returns:
         Whether it does now.
     """
+    global _is_tf32_ours
     setting: Any = torch.backends.cuda.matmul
-    if setting.fp32_precision == "none" and any(w.is_cuda and w.element_size() < 4 for w in weights):
-        setting.allow_tf32 = True  # its older name: after the newer one, reading the older is an error
+    is_wanted = any(w.is_cuda and w.element_size() < 4 for w in weights)
+    if is_wanted and setting.fp32_precision == "none":
+        setting.allow_tf32 = _is_tf32_ours = True  # its older name: after the newer one, reading the older is an error
         log.info("fp32 products on the GPU are rounded to TF32; model.model_extra_configs.dtype: float32 avoids that")
+    elif not is_wanted and _is_tf32_ours:  # of a model before this one
+        setting.allow_tf32 = _is_tf32_ours = False
+        setting.fp32_precision = "none"
     return bool(setting.fp32_precision == "tf32")
 
 

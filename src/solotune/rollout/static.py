@@ -309,9 +309,13 @@ class StaticSampler:
         if self.captures and key not in self._graphs:
             try:
                 self._graphs[key] = self._captured(view, settings, pad_token_id, excluded_E)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 self.captures = False
-                log.warning("steps are not replayed as CUDA graphs, which is slower: capturing one failed (%s)", error)
+                self._graphs.clear()
+                cause = error.__context__ or error  # the end of a capture fails for what failed within it
+                log.warning("steps are not replayed as CUDA graphs, which is slower: capturing one failed (%s)", cause)
         if self.captures:
             self._graphs[key].replay()
         else:
