@@ -113,15 +113,34 @@ def test_a_process_multiplies_by_what_is_faster():
 
 def test_nothing_is_done_where_it_does_not_belong(monkeypatch):
     assert not products.use_fastest_products("meta")
-    for name, answer in (("_is_exact", False), ("_gain", 1.2)):
+    for name, answer in (("_is_exact", False), ("_is_half_idle", False)):
         with monkeypatch.context() as patch:
-            patch.setattr(products, name, lambda answer=answer: answer)
+            patch.setattr(products, name, lambda *_, answer=answer: answer)
             assert not products._replace_kernels.__wrapped__()
     products._setting.fp32_precision = "ieee"  # somebody else's choice
     try:
         assert not products._replace_kernels.__wrapped__()
     finally:
         products._setting.fp32_precision = "none"
+
+
+CPUINFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nflags\t\t: fpu avx512f\n\nprocessor\t: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "is_idle"),
+    [
+        (CPUINFO.format("AuthenticAMD", 26), "AVX512", True),
+        (CPUINFO.format("AuthenticAMD", 26), "AVX2", False),
+        (CPUINFO.format("AuthenticAMD", 25), "AVX512", False),
+        (CPUINFO.format("GenuineIntel", 26), "AVX512", False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", "DEFAULT", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_it_goes_by_the_processor(monkeypatch, text, capability, is_idle):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products._is_half_idle(text) == is_idle
 
 
 def test_what_surrounds_the_trial_has_no_say():

@@ -1,22 +1,21 @@
 """Which library multiplies: on a CPU fp32 matrices by oneDNN, where that is as exact as torch's own and faster; on a
 GPU attention not by cuDNN, and fp32 matrices in TF32 beside a language model of 16 bits.
 
-On a CPU torch multiplies fp32 matrices by MKL, which leaves much of a processor idle that is not Intel's: about 180
-GFLOP/s on two cores of an EPYC with AVX-512, where oneDNN, which torch has too, reaches 390. torch hands a product to
-oneDNN if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN does not round. Whether
-it does, and how fast it is, is tried before it is relied on. Attention is left alone: its many small products are
-slower there.
+On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's alone: about 180 GFLOP/s on two cores of
+an EPYC of the fifth generation (Zen 5), where oneDNN, which torch has too, reaches 390. torch hands a product to oneDNN
+if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN does not round. Whether it does
+is tried before it is relied on. Attention is left alone: its many small products are slower there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from torch.backends import mkldnn
 
 log = logging.getLogger("solotune")
 
-LEAST_GAIN = 1.3
-"""Below it nothing changes, so that the choice does not depend on what else the machine was doing."""
+LEAST_FAMILY = 26
+"""AMD's processors whose units for AVX-512 are whole; MKL uses half of them."""
 LEAST_WEIGHT = 2**16
 """Numbers of the second factor. How many rows meet it has no say, so that a row's result is that of a smaller batch to
 the last bit."""
@@ -43,9 +42,9 @@ _kernels: list[torch.library.Library] = []  # a kernel lives as long as its libr
 def use_fastest_products(device: str | torch.device) -> bool:
     """Let this process multiply by the kernels that are fast and exact on `device`.
 
-    On a CPU large fp32 matrices go to oneDNN, if that is as exact and faster. It is tried once, in 0.1 s. Not done
-    where `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set. While a product runs that setting is
-    another, for all threads.
+    On a CPU large fp32 matrices go to oneDNN, if that is faster (AMD's Zen 5 and later: were it timed, the last bits of
+    a run would depend on what else the machine does) and as exact. Not done where `torch.backends.mkldnn` is off, or
+    its `matmul.fp32_precision` was set. While a product runs that setting is another, for all threads.
 
     On a GPU cuDNN's attention is switched off, which torch prefers on Hopper: with a mask it makes a plan for every
     width, and its gradient can be NaN (pytorch issue 196678, since torch 2.11).
@@ -83,12 +82,13 @@ def allow_tf32_beside(weights: Iterable[Tensor]) -> bool:
 
 @cache
 def _replace_kernels() -> bool:
-    if not (mkldnn.is_available() and mkldnn.enabled and _setting.fp32_precision == "none"):
+    is_ours = mkldnn.is_available() and mkldnn.enabled and _setting.fp32_precision == "none"
+    if not is_ours or not _is_half_idle(_cpuinfo()):
         return False
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
         os.environ.setdefault(name, str(SHAPES_KEPT))
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        if not _is_exact() or (gain := _gain()) < LEAST_GAIN:
+        if not _is_exact():
             return False
     kernels = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -97,7 +97,7 @@ def _replace_kernels() -> bool:
         kernels.impl("addmm", _addmm, "CPU")
         kernels.impl("addmm_", _addmm_, "CPU")
     _kernels.append(kernels)
-    log.info("fp32 products of matrices by oneDNN: %.1f times as fast here as by MKL", gain)
+    log.info("fp32 products of matrices by oneDNN, which is faster on this processor than MKL")
     return True
 
 
@@ -147,18 +147,16 @@ def _is_exact() -> bool:
         return torch.equal(factors @ ones, factors) and torch.equal(ones @ factors, factors)
 
 
-def _gain() -> float:
-    """How many times as fast oneDNN is as MKL, at a product that both take a millisecond for."""
-    a, b = torch.ones(256, 768, dtype=torch.float32), torch.ones(768, 512, dtype=torch.float32)
+def _is_half_idle(cpuinfo: str) -> bool:
+    """Whether MKL leaves half of this processor idle."""
+    first, *_ = cpuinfo.partition("\n\n")
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    is_amd, family = fields.get("vendor_id") == "AuthenticAMD", fields.get("cpu family", "0")
+    return is_amd and int(family) >= LEAST_FAMILY and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        return time.perf_counter() - start
 
-    mkl, onednn = [], []  # in turn, and the shortest counts: what others do on the machine only makes it longer
-    for _ in range(30):
-        mkl.append(seconds())
-        with _by_onednn():
-            onednn.append(seconds())
-    return min(mkl) / min(onednn)
+def _cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    with suppress(OSError):
+        return Path("/proc/cpuinfo").read_text()
+    return ""
