@@ -29,8 +29,8 @@ LEAST_FAMILY = 26
 LEAST_WEIGHT = 2**16
 """Numbers of the second factor. How many rows meet it has no say, so that a row's result is that of a smaller batch to
 the last bit."""
-LEAST_ROWS, LEAST_COLUMNS = 2, 8
-"""Single rows and few columns are read faster than they are multiplied; MKL is better at them."""
+LEAST_COLUMNS = 8
+"""Few columns are read faster than they are multiplied; MKL is better at them."""
 SHAPES_KEPT = 128
 """oneDNN compiles a kernel for every shape, in 0.3 ms, and would keep 1,024 of them, a MB each."""
 
@@ -122,13 +122,22 @@ def _product(kernel: Any, *operands: Tensor, **options: Any) -> Tensor:
         a.dtype == torch.float32
         and a.ndim == b.ndim == 2
         and b.numel() >= LEAST_WEIGHT
-        and a.shape[0] >= LEAST_ROWS
+        and len(a) > 0
         and b.shape[1] >= LEAST_COLUMNS
     )
     if not is_large or _setting.fp32_precision != "none":
         return kernel(*operands, **options)
     with _by_onednn():
+        if a.shape[0] == 1 and a.shape[1] == b.shape[0]:
+            return _single_row(kernel, *operands, **options)
         return kernel(*operands, **options)
+
+
+def _single_row(kernel: Any, *operands: Tensor, out: Tensor, **options: Any) -> Tensor:
+    """The product of one row, by way of two: oneDNN's kernel for one is slower, and adds in another order."""
+    *c, a, b = operands
+    row = kernel(*c, a.repeat(2, 1), b, out=a.new_empty(0), **options)[:1]
+    return out.copy_(row) if out.numel() else row
 
 
 @contextmanager
