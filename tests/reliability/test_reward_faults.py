@@ -22,6 +22,12 @@ PROMPTS = Prompts(["a film", "so", "the plot"])
 CALLS = 5  # of a run of two rounds: an evaluation, and two times a round and an evaluation
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A trainer without a run's folder leaves the samples that a function failed on where it is."""
+    monkeypatch.chdir(tmp_path)
+
+
 def value(output):
     return sum(map(ord, output)) % 7 / 7
 

@@ -2,9 +2,10 @@
 GPU attention not by cuDNN, and fp32 matrices in TF32 beside a language model of 16 bits.
 
 On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's alone: about 180 GFLOP/s on two cores of
-an EPYC of the fifth generation (Zen 5), where oneDNN, which torch has too, reaches 390. torch hands a product to oneDNN
-if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN does not round. Whether it does
-is tried before it is relied on. Attention is left alone: its many small products are slower there.
+an EPYC of the fifth generation (Zen 5), where oneDNN, which torch has too, reaches 390; 140 and 190 on the fourth's.
+torch hands a product to oneDNN if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN
+does not round. Whether it does is tried before it is relied on. Attention is left alone: its many small products are
+slower there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from torch.backends import mkldnn
 
 log = logging.getLogger("solotune")
 
-LEAST_FAMILY = 26
-"""AMD's processors whose units for AVX-512 are whole; MKL uses half of them."""
 LEAST_WEIGHT = 2**16
 """Numbers of the second factor. How many rows meet it has no say, so that a row's result is that of a smaller batch to
 the last bit."""
@@ -42,9 +41,10 @@ _kernels: list[torch.library.Library] = []  # a kernel lives as long as its libr
 def use_fastest_products(device: str | torch.device) -> bool:
     """Let this process multiply by the kernels that are fast and exact on `device`.
 
-    On a CPU large fp32 matrices go to oneDNN, if that is faster (AMD's Zen 5 and later: were it timed, the last bits of
-    a run would depend on what else the machine does) and as exact. Not done where `torch.backends.mkldnn` is off, or
-    its `matmul.fp32_precision` was set. While a product runs that setting is another, for all threads.
+    On a CPU large fp32 matrices go to oneDNN, if that is faster (on AMD's with AVX-512, Zen 4 and later: were it timed,
+    the last bits of a run would depend on what else the machine does) and as exact. Not done where
+    `torch.backends.mkldnn` is off, or its `matmul.fp32_precision` was set. While a product runs that setting is
+    another, for all threads.
 
     On a GPU cuDNN's attention is switched off, which torch prefers on Hopper: with a mask it makes a plan for every
     width, and its gradient can be NaN (pytorch issue 196678, since torch 2.11).
@@ -83,7 +83,7 @@ def allow_tf32_beside(weights: Iterable[Tensor]) -> bool:
 @cache
 def _replace_kernels() -> bool:
     is_ours = mkldnn.is_available() and mkldnn.enabled and _setting.fp32_precision == "none"
-    if not is_ours or not _is_half_idle(_cpuinfo()):
+    if not is_ours or not _is_slow_by_mkl(_cpuinfo()):
         return False
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
         os.environ.setdefault(name, str(SHAPES_KEPT))
@@ -156,12 +156,11 @@ def _is_exact() -> bool:
         return torch.equal(factors @ ones, factors) and torch.equal(ones @ factors, factors)
 
 
-def _is_half_idle(cpuinfo: str) -> bool:
-    """Whether MKL leaves half of this processor idle."""
+def _is_slow_by_mkl(cpuinfo: str) -> bool:
+    """Whether this is a processor whose AVX-512 MKL does not use."""
     first, *_ = cpuinfo.partition("\n\n")
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-    is_amd, family = fields.get("vendor_id") == "AuthenticAMD", fields.get("cpu family", "0")
-    return is_amd and int(family) >= LEAST_FAMILY and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return fields.get("vendor_id") == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _cpuinfo() -> str:
