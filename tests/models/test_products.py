@@ -11,7 +11,7 @@ from solotune.models import products
 def everything_is_large(monkeypatch):
     """The small products of a test take the path of large ones."""
     if not (mkldnn.is_available() and products._is_exact()):
-        pytest.skip("oneDNN is not there, or rounds to bf16 on this processor")
+        pytest.skip("oneDNN is not there, or not exact here")
     for least in ("LEAST_WEIGHT", "LEAST_COLUMNS"):
         monkeypatch.setattr(products, least, 1)
 

@@ -4,8 +4,8 @@ GPU attention not by cuDNN, and fp32 matrices in TF32 beside a language model of
 On a CPU torch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's alone: about 180 GFLOP/s on two cores of
 an EPYC of the fifth generation (Zen 5), where oneDNN, which torch has too, reaches 390; 140 and 190 on the fourth's.
 torch hands a product to oneDNN if it may round the factors to bf16; on a processor without matrix units for bf16 oneDNN
-does not round. Whether it does is tried before it is relied on. Attention is left alone: its many small products are
-slower there.
+does not round. Whether it does, and whether a row's bits depend on the rows beside it, is tried before it is relied on.
+Attention is left alone: its many small products are slower there.
 """
 
 from __future__ import annotations
@@ -150,10 +150,13 @@ def _by_onednn() -> Iterator[None]:
 
 
 def _is_exact() -> bool:
-    """Whether oneDNN keeps the 24 bits of fp32: products with ones and zeros are the other factor, bit by bit."""
-    factors, ones = torch.linspace(1, 2, 2**16, dtype=torch.float32).view(256, 256), torch.eye(256, dtype=torch.float32)
+    """Whether oneDNN keeps the 24 bits of fp32 (products with ones and zeros are the other factor), and a row comes out
+    the same whatever rows are beside it (not in oneDNN 3.10, which came with torch 2.11)."""
+    numbers = torch.arange(2**16, dtype=torch.float32).view(256, 256)
+    factors, waves, ones = 1 + numbers * 2.0**-23, numbers.sin(), torch.eye(256, dtype=torch.float32)
     with _by_onednn():
-        return torch.equal(factors @ ones, factors) and torch.equal(ones @ factors, factors)
+        keeps_bits = torch.equal(factors @ ones, factors) and torch.equal(ones @ factors, factors)
+        return keeps_bits and torch.equal((waves @ waves.T)[:2], waves[:2] @ waves.T)
 
 
 def _is_slow_by_mkl(cpuinfo: str) -> bool:
