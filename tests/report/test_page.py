@@ -178,20 +178,27 @@ def test_a_round_written_again_after_resuming_counts_once(make_run):
     assert "4 min 46 s in rounds, so far" in page_of(run)[1].text  # 24 x 11.9 s: the new line has no time
 
 
-def test_of_a_generation_sweep_the_first_setting_is_shown(make_run):
+def test_of_a_generation_sweep_the_setting_that_ended_highest_is_shown(make_run):
     run = make_run()
-    once = read_run(run).evaluations
+    once = read_run(run)
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    shifts = {"beta=0": 0.0, "beta=2": 1.0, "beta=8": 0.5}
     swept = [
-        {**line, "setting": setting, "reward": line["reward"] + shift}
-        for setting, shift in (("temperature=1.0", 0.0), ("temperature=0.5", 9.0))
+        {**line, "setting": setting, "reward": line["reward"] + shift * (line["round"] > 0)}
+        for setting, shift in shifts.items()
         for line in lines
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in swept))
-    first = read_run(run).evaluations
-    assert {r: [row["reward"] for row in rows] for r, rows in first.items()} == {
-        r: [row["reward"] for row in rows] for r, rows in once.items()
+    shown = read_run(run)
+    assert [row["setting"] for row in shown.after] == ["beta=2"] * len(once.after)
+    assert [row["reward"] for row in shown.after] == [row["reward"] + 1.0 for row in once.after]
+    before, after = (sum(row["reward"] for row in rows) / len(rows) for rows in (once.before, once.after))
+    assert shown.sweep == {
+        setting: (pytest.approx(before), pytest.approx(after + shift)) for setting, shift in shifts.items()
     }
+    _, page = page_of(run)
+    assert f"beta=8 {before:.3f} → {after + 0.5:.3f}. Shown is beta=2, the highest at the end." in page.text
+    assert f"{before:.3f} → {after + 1:.3f} {after + 1 - before:+.3f}, evaluation samples" in page.text
 
 
 def test_unreadable_lines_in_between_are_counted(make_run):

@@ -100,9 +100,10 @@ def _headlines(run: Run) -> list[Headline]:
         value = number(summary.get(key))
         return so_far if value is None else value
 
-    before = known("reward_before", mean(s.get("reward") for s in run.before))
-    after = known("reward_after", mean(s.get("reward") for s in run.after))
-    kl = known("kl", mean(s.get("kl") for s in run.after))
+    before, after = (mean(s.get("reward") for s in samples) for samples in (run.before, run.after))
+    kl = mean(s.get("kl") for s in run.after)
+    if not run.sweep:  # of one, the summary's are those of its first setting
+        before, after, kl = known("reward_before", before), known("reward_after", after), known("kl", kl)
     rounds = known("rounds", max((float(line["round"]) for line in run.metrics), default=None))
     steps = known("steps", max(run.series("step")[1], default=None))
     seconds = known("wall_seconds", sum(run.series("time/round")[1]) or None)

@@ -1,6 +1,7 @@
 """Reading a run folder, also one whose run still goes on, crashed, or was written by another algorithm."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from solotune.errors import DataError
+from solotune.report.cleaning import one_line
 
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
 
@@ -22,9 +24,19 @@ class Pair(NamedTuple):
     reward_after: float | None
 
 
+class Change(NamedTuple):
+    """The mean reward of a run's first and last evaluation."""
+
+    before: float | None
+    after: float | None
+
+
 @dataclass
 class Run:
-    """What a run folder holds. `notes` say what is missing or was left out, in sentences for the reader."""
+    """What a run folder holds. `notes` say what is missing or was left out, in sentences for the reader.
+
+    Of a generation sweep `evaluations` are those of the setting whose last one has the highest mean reward.
+    """
 
     name: str
     metrics: list[dict[str, Any]]  # one a round, by round
@@ -32,6 +44,7 @@ class Run:
     summary: dict[str, Any]
     config: str
     notes: list[str] = field(default_factory=list)
+    sweep: dict[str, Change] = field(default_factory=dict)  # by the setting of a generation sweep; empty without one
 
     @property
     def before(self) -> list[dict[str, Any]]:
@@ -77,11 +90,19 @@ def read_run(run_dir: Path) -> Run:
     by_round: dict[int, dict[str, Any]] = {}
     for line in _read_lines(run_dir / "metrics.jsonl", notes):
         by_round[line["round"]] = line  # a resumed run may write a round again: the last one counts
-    evaluations: dict[int, list[dict[str, Any]]] = {}
-    samples = _read_lines(run_dir / "samples.jsonl", notes)
-    for line in samples:
-        if line.get("setting") == samples[0].get("setting"):  # of a generation sweep, its first value
-            evaluations.setdefault(line["round"], []).append(line)
+    by_setting: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for line in _read_lines(run_dir / "samples.jsonl", notes):
+        by_setting.setdefault(str(line.get("setting", "")), {}).setdefault(line["round"], []).append(line)
+    changes = {setting: _change(evaluations) for setting, evaluations in by_setting.items()}
+    highest = max(changes, key=lambda s: -math.inf if (after := changes[s].after) is None else after, default="")
+    evaluations = by_setting.get(highest, {})
+    if len(changes) > 1:
+        told = [f"{one_line(setting)[:40]} {_told(change)}" for setting, change in islice(changes.items(), 12)]
+        told += ["..."] * (len(changes) > 12)
+        notes.append(
+            "Samples were drawn with each setting of a sweep; mean rewards of the first and the last evaluation: "
+            f"{'; '.join(told)}. Shown is {one_line(highest)[:40]}, the highest at the end."
+        )
     summary = _read_summary(run_dir / "summary.json", notes)
     config = run_dir / "config.yaml"
     has_config = config.is_file() and _is_own(config, notes)
@@ -92,6 +113,7 @@ def read_run(run_dir: Path) -> Run:
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if has_config else "",
         notes=notes,
+        sweep=changes if len(changes) > 1 else {},
     )
 
 
@@ -133,6 +155,15 @@ def by_prompt(pairs: list[Pair], rows: int, per_prompt: int) -> dict[str, list[P
     for pair in islice(turns, rows):
         kept.setdefault(pair.prompt, []).append(pair)
     return kept
+
+
+def _change(evaluations: dict[int, list[dict[str, Any]]]) -> Change:
+    first, last = (mean(sample.get("reward") for sample in evaluations[of(evaluations)]) for of in (min, max))
+    return Change(first, last)
+
+
+def _told(change: Change) -> str:
+    return " → ".join("-" if value is None else f"{value:.3f}" for value in change)
 
 
 def _is_own(path: Path, notes: list[str]) -> bool:

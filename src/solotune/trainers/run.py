@@ -37,6 +37,7 @@ from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
+from solotune.report.reading import read_run
 from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
@@ -309,14 +310,18 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
         "parameter_tree": tree.text(),
     }
     run.write_json("summary.json", summary)
+    samples, changes = (before.samples, after.samples), {"reward": (before.reward, after.reward)}
     try:
         page = f"see {write_report(run.path)}"
+        if (shown := read_run(run.path)).sweep and len(shown.before) == len(shown.after):
+            samples = shown.before, shown.after
+            changes = {f"reward at {setting}": change for setting, change in shown.sweep.items()}
     except SolotuneError as error:  # the tuned model is saved: no reason to end as a run that failed
         log.warning("%s", error)
         page = "there is no page of it"
-    console.print(before_after_table(before.samples, after.samples, rows=8))
-    changes = {"reward": (before.reward, after.reward)}
-    changes |= {name: (before.metrics.get(name), value) for name, value in after.metrics.items()}
+    console.print(before_after_table(*samples, rows=8))
+    label, _ = trainer.eval_settings[0]
+    changes |= {f"{name}{label}": (before.metrics.get(name), value) for name, value in after.metrics.items()}
     told = [f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in changes.items() if a is not None and b is not None]
     told += [f"KL {after.kl:.2f} nats a response"] if after.kl is not None else []
     told += [f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; {page}"]
