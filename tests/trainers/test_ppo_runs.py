@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import solotune
+from solotune.trainers.evaluation import Evaluation
 from solotune.trainers.run_folder import read_lines
 from tests.tiny import tiny_ppo_config
 from tests.trainers.test_ppo import PROMPTS, trainer_of, vowels
@@ -170,6 +171,16 @@ def test_what_is_kept_is_what_was_asked_for(tiny_folder, tmp_path, save_best, sa
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert (checkpoint / "hf_model" / "adapter_model.safetensors").exists()
     assert (checkpoint / "tensors.safetensors").exists() == save_optimizer
+
+
+def test_of_a_sweep_the_highest_reward_says_which_model_is_best(tiny_folder, monkeypatch):
+    trainer = trainer_of(tiny_folder, method={"gen_kwargs": {"max_new_tokens": 6, "temperature": [1.0, 0.5, 0.7]}})
+    trainer.steps_done = 4
+    for rewards, best in (((0.1, 0.5, None), 0.5), ((0.4, 0.3, 0.2), 0.5), ((None, 0.1, 0.6), 0.6), ((None,) * 3, 0.6)):
+        evaluations = iter(Evaluation(reward, None, [], {}) for reward in rewards)
+        monkeypatch.setattr(trainer, "evaluate", lambda _, given=evaluations: next(given))
+        assert trainer.evaluate_and_record().reward == rewards[0]
+        assert trainer.best_reward == best
 
 
 def test_many_prompts_get_a_file_of_their_own(tiny_folder, tmp_path):

@@ -282,7 +282,8 @@ class Trainer(ABC):
     def evaluate_and_record(self) -> Evaluation:
         """Evaluate, append the samples to the run's file, keep the best model.
 
-        A generation sweep (a list in `gen_kwargs`) is evaluated at each of its values; the first one is what counts.
+        A generation sweep (a list in `gen_kwargs`) is evaluated at each of its values; the first one is returned, the
+        highest reward of all decides whether the model is the best.
         """
         evaluations = [(label, self.evaluate(settings)) for label, settings in self.eval_settings]
         evaluation = evaluations[0][1]
@@ -295,8 +296,9 @@ class Trainer(ABC):
                 self.run.append(self.run.samples, [{**place, **sample} for sample in each.samples])
             self.accelerator.log(tracking.evaluation_names(each, label), step=self.steps_done)
             tracking.log_samples(self.accelerator, each, self.steps_done, label)
-        best = evaluation.reward if evaluation.reward is not None else evaluation.metrics.get("reward")  # as trlX
-        if best is not None and best > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
+        rewards = [e.metrics.get("reward") if e.reward is None else e.reward for _, e in evaluations]  # as trlX
+        best = max((reward for reward in rewards if reward is not None), default=-math.inf)
+        if best > self.best_reward and self.steps_done > 0 and self.config.train.save_best:
             self.best_reward = best
             if self.run is not None:
                 with self.run.whole("best") as folder:
