@@ -199,6 +199,8 @@ def test_of_a_generation_sweep_the_setting_that_ended_highest_is_shown(make_run)
     _, page = page_of(run)
     assert f"beta=8 {before:.3f} → {after + 0.5:.3f}. Shown is beta=2, the highest at the end." in page.text
     assert f"{before:.3f} → {after + 1:.3f} {after + 1 - before:+.3f}, evaluation samples" in page.text
+    (run / "samples.jsonl").write_text("".join(json.dumps({**line, "reward": None}) + "\n" for line in swept))
+    assert "beta=8 - → -. Shown is beta=0, the first." in page_of(run)[1].text
 
 
 def test_unreadable_lines_in_between_are_counted(make_run):

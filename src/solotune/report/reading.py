@@ -101,7 +101,8 @@ def read_run(run_dir: Path) -> Run:
         told += ["..."] * (len(changes) > 12)
         notes.append(
             "Samples were drawn with each setting of a sweep; mean rewards of the first and the last evaluation: "
-            f"{'; '.join(told)}. Shown is {one_line(highest)[:40]}, the highest at the end."
+            f"{'; '.join(told)}. Shown is {one_line(highest)[:40]}, "
+            f"{'the first' if changes[highest].after is None else 'the highest at the end'}."
         )
     summary = _read_summary(run_dir / "summary.json", notes)
     config = run_dir / "config.yaml"

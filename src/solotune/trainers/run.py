@@ -323,7 +323,7 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
     label, _ = trainer.eval_settings[0]
     changes |= {f"{name}{label}": (before.metrics.get(name), value) for name, value in after.metrics.items()}
     told = [f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in changes.items() if a is not None and b is not None]
-    told += [f"KL {after.kl:.2f} nats a response"] if after.kl is not None else []
+    told += [f"KL{label} {after.kl:.2f} nats a response"] if after.kl is not None else []
     told += [f"{summary['wall_seconds']:.0f} s, peak {format_bytes(summary['peak_memory_bytes'])}; {page}"]
     say(", ".join(told))
 
