@@ -1,5 +1,6 @@
 """The `solotune` command: it parses, calls and prints. What takes long to import is imported by the command itself."""
 
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -71,11 +72,16 @@ def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, out: Path | None, resume: bool) -> None:
+def _run(recipe: Recipe, out: Path | None, resume: bool, is_packaged: bool = False) -> None:
     from solotune.trainers.run import run_recipe
 
     train = recipe.config.train
-    run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume, started=STARTED)
+    folder = out or Path(train.checkpoint_dir) / str(train.run_name)
+    run_recipe(recipe, folder, resume, started=STARTED)
+    if is_packaged and (folder / "report.html").is_file():  # the first process has written it
+        typer.echo(visible(f"next: open {folder / 'report.html'}"))
+        typer.echo(visible(f"      solotune export {shlex.quote(str(folder))} --merge DIR   writes an ordinary model"))
+        typer.echo('      a reward of your own is a Python function: README, "Your own reward"')
 
 
 @app.command()
@@ -92,7 +98,7 @@ def quickstart(
         plan = describe_steps(recipe.config)
         assert isinstance(plan, StepPlan)  # the packaged recipe is one of PPO
         train.total_steps = max(train.total_steps, rounds * plan.steps_per_round)
-    _run(recipe, out, resume=False)
+    _run(recipe, out, resume=False, is_packaged=True)
 
 
 @app.command()
@@ -103,7 +109,7 @@ def train(
     out: OutOption = None,
 ) -> None:
     """Tune the model of a recipe."""
-    _run(load_recipe(recipe, overrides), out, resume)
+    _run(load_recipe(recipe, overrides), out, resume, find_recipe(recipe).parent in RECIPE_FOLDERS)
 
 
 @app.command()

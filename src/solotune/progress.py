@@ -135,7 +135,7 @@ class Phase:
         """How far it is."""
         parts = [] if self.total is None else [f"{self.done:,} of {self.total:,} {self.unit}"]
         parts += [self.what] if self.what else []
-        parts += [f"{duration(self.left)} left"] if self.left is not None else [f"for {duration(self.seconds)} now"]
+        parts += [f"{duration(self.left)} left"] if self.left is not None else [f"{duration(self.seconds)} so far"]
         return f"{self.name}: {', '.join(parts)}"
 
     def last_line(self) -> str | None:

@@ -45,7 +45,7 @@ def quiet_datasets() -> Iterator[None]:
             _without_warnings(enable_progress_bars)
 
 
-def _without_warnings(switch: Callable[[], None]) -> None:
+def _without_warnings(switch: Callable[[], object]) -> None:
     """Call it; where a variable of the environment has the say, the library warns that it has no effect."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from solotune.errors import DataError
 from solotune.progress import phase_progress
 
+ROWS, MEAN_WORDS = 10_605, 19  # for an estimate before they are fetched
 REQUIREMENT = "vaderSentiment==0.5"
 ARCHIVE_NAME = "vaderSentiment-0.5.zip"
 ARCHIVE_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"

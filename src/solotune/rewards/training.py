@@ -67,18 +67,9 @@ def train_reward_model(cfg: "RewardTrainingConfig", device: str | torch.device |
         ModelError: the base model cannot be loaded, or training went to NaN.
         ConfigError: `output_dir` holds something else.
     """
-    feedback = load_feedback(
-        cfg.data,
-        cfg.objective,
-        text_column=cfg.text_column,
-        rating_column=cfg.rating_column,
-        low=cfg.rating_min,
-        high=cfg.rating_max,
-        chosen_column=cfg.chosen_column,
-        rejected_column=cfg.rejected_column,
-    )
+    feedback = feedback_of(cfg)
     identity = fingerprint(cfg, feedback)
-    folder = Path(cfg.output_dir) if cfg.output_dir else cache_dir() / "reward-models" / identity[:16]
+    folder = folder_of(cfg, identity)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if folder.exists() and (not (folder / CARD_FILE).is_file() or read_card(folder)["fingerprint"] != identity):
@@ -92,6 +83,25 @@ def train_reward_model(cfg: "RewardTrainingConfig", device: str | torch.device |
     build_once(folder, lambda temporary: _train(cfg, feedback, device, identity, temporary))
     show(card_table(read_card(folder)))
     return folder
+
+
+def feedback_of(cfg: "RewardTrainingConfig") -> Ratings | Pairs:
+    """What a training learns from."""
+    return load_feedback(
+        cfg.data,
+        cfg.objective,
+        text_column=cfg.text_column,
+        rating_column=cfg.rating_column,
+        low=cfg.rating_min,
+        high=cfg.rating_max,
+        chosen_column=cfg.chosen_column,
+        rejected_column=cfg.rejected_column,
+    )
+
+
+def folder_of(cfg: "RewardTrainingConfig", identity: str) -> Path:
+    """Where the reward model of a training is kept."""
+    return Path(cfg.output_dir) if cfg.output_dir else cache_dir() / "reward-models" / identity[:16]
 
 
 def _train(

@@ -182,7 +182,9 @@ class Trainer(ABC):
         else:
             self.evaluate_and_record()
         shown = self.accelerator.is_main_process
-        with stop_requests() as self.stop, round_progress(self.plan.rounds, self.rounds_done, shown) as self.progress:
+        after = self._evaluation_seconds or 0.0
+        rounds = round_progress(self.plan.rounds, self.rounds_done, shown, after)
+        with stop_requests() as self.stop, rounds as self.progress:
             while not self.is_over:
                 try:
                     metrics = self.train_round()
@@ -284,7 +286,8 @@ class Trainer(ABC):
         Args:
             settings: how to sample, default `gen_kwargs` (of a sweep, its first value).
         """
-        name, shown = f"evaluating {self.n_eval_prompts:,} samples", self.accelerator.is_main_process
+        count, shown = self.n_eval_prompts, self.accelerator.is_main_process
+        name = f"evaluating {count:,} sample{'' if count == 1 else 's'}"
         with (
             phase_progress(name, expected=self._evaluation_seconds, shown=shown) as phase,
             self.clock.phase("evaluate"),
@@ -302,6 +305,7 @@ class Trainer(ABC):
                 told=phase.doing,
             )
         self._evaluation_seconds = phase.seconds
+        self.progress.evaluated(phase.seconds)
         return evaluation
 
     def evaluate_and_record(self) -> Evaluation:

@@ -57,13 +57,15 @@ class Rounds(Phase):
     Args:
         total: rounds that are planned.
         done: those that were done before this process.
+        after: seconds that the evaluation behind the last one will take.
     """
 
-    def __init__(self, total: int, done: int = 0):
+    def __init__(self, total: int, done: int = 0, after: float = 0.0):
         super().__init__("rounds", total, "rounds")
         self.done = self._first = self._told_round = done
         self._round_began, self._is_long = time.monotonic(), False
         self._metrics = ""
+        self._aside, self._after = 0.0, after
         self._steps: tuple[int, int] | None = None
         self._from_step = (0, 0.0)  # where this process began to count steps, and when
 
@@ -82,18 +84,23 @@ class Rounds(Phase):
         self._is_long, self._round_began = now - self._round_began >= SHORT, now
         self.advance()
 
+    def evaluated(self, seconds: float) -> None:
+        """An evaluation took so long: it is no part of a round's time."""
+        self._aside, self._after = self._aside + seconds, seconds
+
     @property
     def left(self) -> float | None:
         """By the mean of the rounds in this process, or of its steps."""
         if self._steps is not None:
             (first, began), (done, total) = self._from_step, self._steps
-            return (time.monotonic() - began) / (done - first) * (total - done) if done > first else None
-        here, to_do = self.done - self._first, (self.total or 0) - self.done
-        return self._seconds_a_round * max(to_do, 0) if here else None
+            pace = (time.monotonic() - began - self._aside) / max(done - first, 1)
+            return pace * max(total - done, 0) + self._after if done > first else None
+        to_do = max((self.total or 0) - self.done, 0)
+        return self._seconds_a_round * to_do + self._after if self.done > self._first else None
 
     @property
     def _seconds_a_round(self) -> float:
-        return (self._round_began - self._began) / max(self.done - self._first, 1)
+        return (self._round_began - self._began - self._aside) / max(self.done - self._first, 1)
 
     @property
     def note(self) -> str:
@@ -121,8 +128,8 @@ class Rounds(Phase):
 
 
 @contextlib.contextmanager
-def round_progress(total: int, done: int, shown: bool) -> Iterator[Rounds]:
-    """The rounds, shown while the block runs; nothing where they are not `shown`, or there is none left."""
-    rounds = Rounds(total, done)
+def round_progress(total: int, done: int, shown: bool, after: float = 0.0) -> Iterator[Rounds]:
+    """Rounds, shown while the block runs; nothing where they are not `shown`, or none is left. See `Rounds`."""
+    rounds = Rounds(total, done, after)
     with showing(rounds, shown and done < total):
         yield rounds

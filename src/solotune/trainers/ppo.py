@@ -28,7 +28,7 @@ from solotune.algorithms.advantages import gae, whiten
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController, k1
 from solotune.algorithms.ppo import PPOLoss, explained_variance, ppo_loss
 from solotune.algorithms.rewards import RunningMoments, scale_and_clip, token_rewards
-from solotune.config import PPOConfig, TRLConfig, describe_steps
+from solotune.config import PPOConfig, StepPlan, TRLConfig, describe_steps
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, TrainingError
 from solotune.methods import LOSS_NAMES
@@ -60,6 +60,8 @@ class PPOTrainer(Trainer):
         config: trlX's configuration with a `PPOConfig`.
         prompts, eval_prompts: what is continued.
     """
+
+    plan: StepPlan
 
     def __init__(
         self, config: TRLConfig, reward_fn: Callable[..., Any], prompts: Prompts, eval_prompts: Prompts, **shared: Any

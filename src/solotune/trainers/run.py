@@ -46,6 +46,7 @@ from solotune.trainers import checkpoint, tracking
 from solotune.trainers.base import DDP, Trainer
 from solotune.trainers.clock import Clock, peak_memory_bytes
 from solotune.trainers.console import say, show, show_logs
+from solotune.trainers.estimate import first_line, time_line
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.registry import get_pipeline, trainer_of
 from solotune.trainers.run_folder import RunFolder
@@ -78,22 +79,30 @@ def run_recipe(
     accelerator = _accelerator(config, out)
     clock = Clock(accelerator.device, started)
     config.check()
+    is_estimated = resume or not accelerator.is_main_process or accelerator.num_processes > 1
+    if not is_estimated:
+        line, is_estimated = first_line(recipe, accelerator.device)
+        if line is not None:
+            say(line)
     tokenizer = load_tokenizer(config.tokenizer)
     given: dict[str, Any] = {}
     if _is_offline(config):
-        samples, rewards = load_samples(recipe.data)
+        with phase_progress("reading the samples"):
+            samples, rewards = load_samples(recipe.data)
         given = _offline_data(config, samples, rewards)
         if recipe.data.eval_prompts is not None:
             eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
         else:
             eval_prompts = _prompts(config, None, tokenizer, config.train.batch_size * accelerator.num_processes)
     else:
-        given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
+        with phase_progress("reading the prompts"):
+            given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
         eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
     # What does not fit the model is said before a reward model is trained and weights are loaded.
-    build_scheduler(
-        config.scheduler, build_optimizer(config.optimizer, build_policy(config, meta=True).trainable_parameters())
-    )
+    policy = build_policy(config, meta=True)
+    build_scheduler(config.scheduler, build_optimizer(config.optimizer, policy.trainable_parameters()))
+    if not is_estimated and (line := time_line(recipe, accelerator.device, policy)) is not None:
+        say(line)
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = None
         if recipe.reward is not None:
