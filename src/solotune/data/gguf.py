@@ -6,14 +6,12 @@ A GGUF holds blocks of 4 to 8 bits under float16 scales. bfloat16 would round 97
 
 import contextlib
 import functools
-import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from solotune.data.fetching import require_package
-
-logger = logging.getLogger(__name__)
+from solotune.progress import phase_progress
+from solotune.quiet import quiet_libraries
 
 
 def convert(gguf: Path, folder: Path, asset: str) -> None:
@@ -28,8 +26,7 @@ def convert(gguf: Path, folder: Path, asset: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    started = time.perf_counter()
-    with _gguf_parsed_once():
+    with phase_progress(f"converting {asset} from GGUF to safetensors, once"), quiet_libraries(), _gguf_parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model that came from a GGUF stays marked as quantized, in places that differ between releases, and refuses to be
@@ -44,7 +41,6 @@ def convert(gguf: Path, folder: Path, asset: str) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    logger.info("converted %s from GGUF to safetensors in %.0f s", asset, time.perf_counter() - started)
 
 
 @contextlib.contextmanager

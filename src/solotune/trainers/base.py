@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
@@ -18,12 +20,13 @@ from solotune.errors import ConfigError, ModelError, RewardError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.models.products import allow_tf32_beside, use_fastest_products
+from solotune.progress import phase_progress
 from solotune.rewards.guard import OnError
 from solotune.rollout.records import Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import round_progress, say
+from solotune.trainers.console import Rounds, round_progress, say
 from solotune.trainers.evaluation import Evaluation, evaluate
 from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
@@ -41,6 +44,8 @@ log = logging.getLogger("solotune")
 DDP = DistributedDataParallelKwargs(broadcast_buffers=False)
 """Forward passes of evaluations differ in number between processes, and no buffer is trained."""
 PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
+TOLD = {"sample": "sampling", "score": "scoring", "measure": "measuring", "update": "updating"}
+"""What a round says that it is doing, by phase."""
 
 
 class Trainer(ABC):
@@ -105,7 +110,8 @@ class Trainer(ABC):
         self._room = room
         prompt_ids = [] if prompts is None else self._encode(prompts)
         eval_ids = self._encode(eval_prompts)
-        with self.clock.phase("load"):
+        main = self.accelerator.is_main_process
+        with phase_progress("loading the model", shown=main), self.clock.phase("load"):
             policy = self.build_policy()
         allow_tf32_beside(p for p in policy.parameters() if not p.requires_grad)
         self._check_vocabulary(policy)
@@ -133,12 +139,15 @@ class Trainer(ABC):
         self.n_eval_prompts = len(eval_prompts)
         self.micro_batch = config.train.minibatch_size or config.train.batch_size
         self.resume_hint = "train.resume_from_checkpoint goes on from there"
+        self.progress = Rounds(plan.rounds)
         self.rounds_done = 0
         self.steps_done = 0
         self.tokens_done = 0.0
         self.first_evaluation: Evaluation | None = None
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
+        self._evaluation_seconds: float | None = None
+        self._saving_seconds = 0.0
         self.best_reward = -math.inf
         self.stop = Stop()
         self._untold: dict[str, Any] | None = None  # metrics and first step of a round that is done and not yet told of
@@ -173,7 +182,9 @@ class Trainer(ABC):
         else:
             self.evaluate_and_record()
         shown = self.accelerator.is_main_process
-        with stop_requests() as self.stop, round_progress(self.plan.rounds, self.rounds_done, shown) as progress:
+        after = self._evaluation_seconds or 0.0
+        rounds = round_progress(self.plan.rounds, self.rounds_done, shown, after)
+        with stop_requests() as self.stop, rounds as self.progress:
             while not self.is_over:
                 try:
                     metrics = self.train_round()
@@ -182,7 +193,7 @@ class Trainer(ABC):
                 except RewardError as error:
                     self.save_checkpoint()
                     raise RewardError(f"{error}. The state is saved: {self.resume_hint}") from error
-                progress.advance(metrics)
+                self.progress.end_round(metrics)
                 self.post_epoch_callback()
                 if on_round is not None:
                     on_round(metrics)
@@ -195,6 +206,14 @@ class Trainer(ABC):
     def is_over(self) -> bool:
         """Whether the planned steps or rounds are done; a round that ended early takes fewer steps."""
         return self.steps_done >= self.plan.total_steps or self.rounds_done >= self.plan.rounds
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of a round: its seconds are counted, and it is told what is being done."""
+        if name in TOLD:
+            self.progress.doing(TOLD[name])
+        with self.clock.phase(name):
+            yield
 
     def pause_point(self) -> None:
         """Called by a round where its state can be saved: ends the round here when a signal came.
@@ -250,7 +269,8 @@ class Trainer(ABC):
         metrics["time/round"] = sum(seconds.get(name, 0.0) for name in PHASES)
         metrics["memory/peak_bytes"] = peak_memory_bytes(self.device)
         if self.run is not None:
-            self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
+            place = {"round": self.rounds_done, "step": self.steps_done, "time/at": time.time()}
+            self.run.append(self.run.metrics, [{**place, **metrics}])
         vf_coef = float(getattr(self.config.method, "vf_coef", 0.0))
         self.accelerator.log(tracking.round_names(metrics, vf_coef), step=self.steps_done)
         self._untold = None
@@ -266,8 +286,13 @@ class Trainer(ABC):
         Args:
             settings: how to sample, default `gen_kwargs` (of a sweep, its first value).
         """
-        with self.clock.phase("evaluate"):
-            return evaluate(
+        count, shown = self.n_eval_prompts, self.accelerator.is_main_process
+        name = f"evaluating {count:,} sample{'' if count == 1 else 's'}"
+        with (
+            phase_progress(name, expected=self._evaluation_seconds, shown=shown) as phase,
+            self.clock.phase("evaluate"),
+        ):
+            evaluation = evaluate(
                 self.accelerator,
                 self.policy,
                 self._sample_eval,
@@ -277,7 +302,11 @@ class Trainer(ABC):
                 lambda texts: self._scorer.metrics(texts, self.steps_done),
                 self.in_memory,
                 measures_kl=self._has_reference,
+                told=phase.doing,
             )
+        self._evaluation_seconds = phase.seconds
+        self.progress.evaluated(phase.seconds)
+        return evaluation
 
     def evaluate_and_record(self) -> Evaluation:
         """Evaluate, append the samples to the run's file, keep the best model.
@@ -325,12 +354,15 @@ class Trainer(ABC):
         """Write a checkpoint, `step_N`, into a folder: what resuming needs (not with `train.save_optimizer` false), and
         in `hf_model` what PEFT or transformers load. The last `train.keep_checkpoints` in the folder are kept."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        with phase_progress("saving a checkpoint", expected=self._saving_seconds) as phase:
             optimizer = self.optimizer.optimizer if self.config.train.save_optimizer else None
             with checkpoint.writing(Path(folder), self.steps_done, self.config.train.keep_checkpoints) as aside:
                 self.save_pretrained(aside / "hf_model")
                 if optimizer is not None:
                     checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state(), self.state_tensors())
+        self._saving_seconds = phase.seconds
 
     def load(self, folder: str | Path) -> None:
         """Go on from a checkpoint that `save` wrote: its `step_N` folder, or the newest in the folder it was given."""

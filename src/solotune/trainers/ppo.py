@@ -28,7 +28,7 @@ from solotune.algorithms.advantages import gae, whiten
 from solotune.algorithms.kl import AdaptiveKLController, FixedKLController, k1
 from solotune.algorithms.ppo import PPOLoss, explained_variance, ppo_loss
 from solotune.algorithms.rewards import RunningMoments, scale_and_clip, token_rewards
-from solotune.config import PPOConfig, TRLConfig, describe_steps
+from solotune.config import PPOConfig, StepPlan, TRLConfig, describe_steps
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, TrainingError
 from solotune.methods import LOSS_NAMES
@@ -60,6 +60,8 @@ class PPOTrainer(Trainer):
         config: trlX's configuration with a `PPOConfig`.
         prompts, eval_prompts: what is continued.
     """
+
+    plan: StepPlan
 
     def __init__(
         self, config: TRLConfig, reward_fn: Callable[..., Any], prompts: Prompts, eval_prompts: Prompts, **shared: Any
@@ -100,7 +102,7 @@ class PPOTrainer(Trainer):
         """
         if self.round is None:
             self.round = self.begin_round()
-        with self.clock.phase("update"):
+        with self.phase("update"):
             metrics = {**self.round.metrics, **self.update(self.round)}
         first_step, self.round = self.round.first_step, None
         self.rounds_done += 1
@@ -109,10 +111,10 @@ class PPOTrainer(Trainer):
 
     def begin_round(self) -> Round:
         """Sample, score, measure, credit."""
-        with self.clock.phase("sample"):
+        with self.phase("sample"):
             rollouts = self.sample_rollouts()
         self.pause_point()
-        with self.clock.phase("score"):
+        with self.phase("score"):
             eos_text = self.tokenizer.eos_token or "" if self.config.AS_TRLX else ""
             texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
             given = self.score(texts)
@@ -120,10 +122,10 @@ class PPOTrainer(Trainer):
             scores = self._as_tensor(given, rollouts)
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
-        with self.clock.phase("measure"):
+        with self.phase("measure"):
             measured = self.measure(rollouts)
         self.pause_point()
-        with self.clock.phase("credit"):
+        with self.phase("credit"):
             credit = self.credit(rollouts, scores, measured)
             metrics = self._round_metrics(rollouts, scores, measured, credit)
             self._check_kl(metrics["objective/kl"])
@@ -162,7 +164,8 @@ class PPOTrainer(Trainer):
         n, processes = self.method.num_rollouts, self.accelerator.num_processes
         first = (self.rounds_done * processes + self.accelerator.process_index) * n
         positions = range(first, first + n)
-        return self.sampled([self.order[position] for position in positions], positions, self.rollout_settings)
+        chosen = [self.order[position] for position in positions]
+        return self.sampled(chosen, positions, self.rollout_settings, self.progress.doing)
 
     @torch.no_grad()
     def measure(self, rollouts: Rollouts) -> Measured:
@@ -221,6 +224,7 @@ class PPOTrainer(Trainer):
             for rows in todo:
                 steps.append(self.optimizer_step(this.rollouts, this.measured, this.credit, rows))
                 self.steps_done += 1
+                self.progress.doing(f"updating, step {len(steps):,} of {self.plan.steps_per_round:,}")
                 self.pause_point()
             if todo:
                 self.post_backward_callback()

@@ -90,10 +90,10 @@ class RFTTrainer(Trainer):
     def train_round(self) -> dict[str, Any]:
         """One growth step and its improvement steps; returns their metrics."""
         first_step = self.steps_done
-        with self.clock.phase("sample"):
+        with self.phase("sample"):
             rollouts = self.sample_rollouts()
         self.pause_point()
-        with self.clock.phase("score"):
+        with self.phase("score"):
             eos_text = self.tokenizer.eos_token or "" if self.config.AS_TRLX else ""
             texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
             given = self.score(texts)
@@ -103,11 +103,11 @@ class RFTTrainer(Trainer):
         self.pause_point()
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
-        with self.clock.phase("credit"):
+        with self.phase("credit"):
             passes = self.select(rollouts, scores_N)
             metrics = self._round_metrics(rollouts, scores_N, passes)
             rollouts, passes = self._only_selected(rollouts, passes)
-        with self.clock.phase("update"):
+        with self.phase("update"):
             metrics |= self.update(rollouts, passes)
         self.rounds_done += 1
         self.tell(metrics, first_step)
@@ -120,7 +120,7 @@ class RFTTrainer(Trainer):
         rows = [(prompt, sample) for prompt in self.own_prompts for sample in samples_G]
         first = self.rounds_done * self.n_prompts
         row_ids = [(first + prompt) * len(samples_G) + sample for prompt, sample in rows]
-        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings)
+        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings, self.progress.doing)
 
     def _without_gaps(self, scores_N: Tensor) -> Tensor:
         """A sample without a score counts as its prompt's worst, so that no other is better because of it; it is never
@@ -163,6 +163,7 @@ class RFTTrainer(Trainer):
             for places in even_batches(len(selected), n_batches, train.seed, counter)[:left]:
                 steps.append(self.optimizer_step(rollouts, selected[places].to(self.device)))
                 self.steps_done += 1
+                self.progress.doing(f"updating, {len(steps):,} steps in pass {index + 1} of {len(passes)}")
             self.post_backward_callback()
         lr = {"policy/lr": float(self.scheduler.get_last_lr()[0])}
         if not steps:

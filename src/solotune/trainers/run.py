@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -36,6 +35,8 @@ from solotune.errors import ConfigError, NotYetError, SolotuneError
 from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
+from solotune.progress import phase_progress
+from solotune.quiet import quiet_libraries
 from solotune.report.page import write_report
 from solotune.report.reading import read_run
 from solotune.report.table import before_after_table
@@ -44,7 +45,8 @@ from solotune.rewards.guard import OnError
 from solotune.trainers import checkpoint, tracking
 from solotune.trainers.base import DDP, Trainer
 from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import console, say, show_logs
+from solotune.trainers.console import say, show, show_logs
+from solotune.trainers.estimate import first_line, time_line
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.registry import get_pipeline, trainer_of
 from solotune.trainers.run_folder import RunFolder
@@ -55,6 +57,7 @@ log = logging.getLogger("solotune")
 MOST_PROMPTS_IN_CONFIG = 100
 
 
+@quiet_libraries()
 def run_recipe(
     recipe: Recipe,
     out: Path,
@@ -76,22 +79,30 @@ def run_recipe(
     accelerator = _accelerator(config, out)
     clock = Clock(accelerator.device, started)
     config.check()
+    is_estimated = resume or not accelerator.is_main_process or accelerator.num_processes > 1
+    if not is_estimated:
+        line, is_estimated = first_line(recipe, accelerator.device)
+        if line is not None:
+            say(line)
     tokenizer = load_tokenizer(config.tokenizer)
     given: dict[str, Any] = {}
     if _is_offline(config):
-        samples, rewards = load_samples(recipe.data)
+        with phase_progress("reading the samples"):
+            samples, rewards = load_samples(recipe.data)
         given = _offline_data(config, samples, rewards)
         if recipe.data.eval_prompts is not None:
             eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
         else:
             eval_prompts = _prompts(config, None, tokenizer, config.train.batch_size * accelerator.num_processes)
     else:
-        given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
+        with phase_progress("reading the prompts"):
+            given["prompts"] = _fitting(load_prompts(recipe.data), recipe, tokenizer)
         eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
     # What does not fit the model is said before a reward model is trained and weights are loaded.
-    build_scheduler(
-        config.scheduler, build_optimizer(config.optimizer, build_policy(config, meta=True).trainable_parameters())
-    )
+    policy = build_policy(config, meta=True)
+    build_scheduler(config.scheduler, build_optimizer(config.optimizer, policy.trainable_parameters()))
+    if not is_estimated and (line := time_line(recipe, accelerator.device, policy)) is not None:
+        say(line)
     with accelerator.main_process_first(), clock.phase("reward_model"):
         reward_fn = None
         if recipe.reward is not None:
@@ -119,6 +130,7 @@ def run_recipe(
     )
 
 
+@quiet_libraries()
 def train(
     model_path: Any = None,
     reward_fn: Callable[..., Any] | None = None,
@@ -289,7 +301,8 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
     assert after is not None
     with clock.phase("save"):
         is_adapter = hasattr(trainer.model.backbone, "peft_config")
-        with run.whole("adapter" if is_adapter else "model") as folder:
+        name = "adapter" if is_adapter else "model"
+        with run.whole(name) as folder, phase_progress(f"saving the {name}", expected=0.0):
             trainer.save_pretrained(folder)
     tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
     summary = {
@@ -312,14 +325,15 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
     run.write_json("summary.json", summary)
     samples, changes = (before.samples, after.samples), {"reward": (before.reward, after.reward)}
     try:
-        page = f"see {write_report(run.path)}"
+        with phase_progress("writing the page", expected=0.0):
+            page = f"see {write_report(run.path)}"
         if (shown := read_run(run.path)).sweep and len(shown.before) == len(shown.after):
             samples = shown.before, shown.after
             changes = {f"reward at {setting}": change for setting, change in shown.sweep.items()}
     except SolotuneError as error:  # the tuned model is saved: no reason to end as a run that failed
         log.warning("%s", error)
         page = "there is no page of it"
-    console.print(before_after_table(*samples, rows=8))
+    show(before_after_table(*samples, rows=8))
     label, _ = trainer.eval_settings[0]
     changes |= {f"{name}{label}": (before.metrics.get(name), value) for name, value in after.metrics.items()}
     told = [f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in changes.items() if a is not None and b is not None]
@@ -391,8 +405,6 @@ def _accelerator(config: TRLConfig, out: Path) -> Accelerator:
         kwargs_handlers=[DDP],
     )
     show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     return accelerator
 
 

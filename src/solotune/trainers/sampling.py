@@ -127,8 +127,9 @@ class PromptSampler:
         prompt_indices: list[int],
         row_ids: Iterable[int],
         settings: SamplingSettings,
+        told: Callable[[str], None] | None = None,
     ) -> Rollouts:
-        """One response for each index; `row_ids` name the rows' random streams."""
+        """One response for each index; `row_ids` name the rows' random streams; `told` hears of each chunk."""
         task = "generate" if settings.other else "sample"
         rows = list(zip(prompt_indices, row_ids, strict=True))
         parts: list[Rollouts] = []
@@ -149,6 +150,8 @@ class PromptSampler:
             if not parts and part.trunk_NSH is not None:
                 on_host = not has_room(part.trunk_NSH.nbytes * len(rows) / len(chunk), self._device)
             parts.append(part.with_trunk_on_host() if on_host else part)
+            if told is not None and first + len(chunk) < len(rows):
+                told(f"sampling, {first + len(chunk):,} of {len(rows):,}")
         return concatenate(parts, self._tokenizer.pad_token_id)
 
     def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = (), eos_text: str = "") -> Texts:
