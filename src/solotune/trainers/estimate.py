@@ -25,6 +25,7 @@ from solotune.data import film_snippets
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, Size, is_here, resolve, still_needed
 from solotune.errors import SolotuneError
 from solotune.models.loading import build_policy, dtype_of
+from solotune.models.packed import PackedWeights, gains_by_packing
 from solotune.models.products import use_fastest_products
 from solotune.models.tree import format_bytes
 from solotune.trainers import work
@@ -177,14 +178,16 @@ def measured_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dty
     copies = max(MOST_OF_WEIGHTS // numbers, 1)
     weights = [torch.randn(shape, dtype=dtype) for _ in range(copies) for shape in shapes]
     inputs = {inner: torch.randn(rows, inner, dtype=dtype) for _, inner in shapes}
-    for weight in weights[: len(shapes)]:
-        F.linear(inputs[weight.shape[1]], weight)  # the first product of a shape is prepared
-    operations, start, seconds = 0, time.perf_counter(), 0.0
-    for weight in itertools.cycle(weights):
-        F.linear(inputs[weight.shape[1]], weight)
-        operations += 2 * rows * weight.numel()
-        if (seconds := time.perf_counter() - start) > SECONDS_OF_TIMING:
-            break
+    is_packed = dtype == torch.float32 and gains_by_packing()
+    with PackedWeights(weights) if is_packed else contextlib.nullcontext():
+        for weight in weights[: len(shapes)]:
+            F.linear(inputs[weight.shape[1]], weight)  # the first product of a shape is prepared
+        operations, start, seconds = 0, time.perf_counter(), 0.0
+        for weight in itertools.cycle(weights):
+            F.linear(inputs[weight.shape[1]], weight)
+            operations += 2 * rows * weight.numel()
+            if (seconds := time.perf_counter() - start) > SECONDS_OF_TIMING:
+                break
     return operations / seconds
 
 
@@ -220,7 +223,9 @@ def reward_work(reward: RewardConfig) -> Reward | None:
     if rows is None:
         return None
     n_rows, tokens = rows
-    operations = work.reward_training(weights, n_rows, tokens, training.epochs)
+    unfrozen, blocks = training.num_layers_unfrozen, config.get_text_config().num_hidden_layers
+    trained = weights if unfrozen == -1 else weights * min(unfrozen, blocks) / blocks
+    operations = work.reward_training(weights, trained, n_rows, tokens, training.epochs)
     return Reward(weights, operations, shapes, max(round(training.batch_size * tokens), 1))
 
 
@@ -243,7 +248,7 @@ def _training_rows(training: RewardTrainingConfig) -> tuple[int, float] | None:
         beginning = (PREFIX_WORDS[0] + min(PREFIX_WORDS[1], words)) / 2
         words = PREFIX_SHARE * min(beginning, words) + (1 - PREFIX_SHARE) * words
     tokens = min(TOKENS_A_WORD * words + 2, training.max_length)
-    return max(n_rows - training.holdout, 0), texts * tokens
+    return min(max(n_rows - training.holdout, 0), training.max_rows or n_rows), texts * tokens
 
 
 def _shapes(block: nn.Module) -> list[tuple[int, int]]:

@@ -134,6 +134,7 @@ def n_evaluations(config: TRLConfig) -> int:
     return 2 + min(crossed, plan.rounds - 1)
 
 
-def reward_training(weights: int, rows: int, tokens: float, epochs: int) -> float:
-    """Operations of learning a reward model of so many weights from rows of so many tokens: forward and twice back."""
-    return 6.0 * weights * rows * tokens * epochs
+def reward_training(weights: int, trained: float, rows: int, tokens: float, epochs: int) -> float:
+    """Operations of learning a reward model, so many of whose weights are trained, from rows of so many tokens: forward
+    through all of them, and twice back through those."""
+    return 2.0 * (weights + 2 * trained) * rows * tokens * epochs
