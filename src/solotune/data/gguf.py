@@ -49,11 +49,16 @@ def _gguf_parsed_once() -> Iterator[None]:
     each tensor, so what was made is remembered for as long as the conversion lasts: 18 s instead of 35."""
     import gguf
 
+    from transformers import modeling_gguf_pytorch_utils as reading
+
     makers = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, make in makers.items():
         setattr(gguf, name, functools.cache(make))
+    bar = reading.tqdm
+    reading.tqdm = functools.partial(bar, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, make in makers.items():
             setattr(gguf, name, make)

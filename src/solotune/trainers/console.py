@@ -29,6 +29,9 @@ class VisibleFormatter(logging.Formatter):
         return visible(super().format(record))
 
 
+A_MINUTE = 60.0
+
+
 class _SayingHandler(logging.Handler):
     """Says log messages, above the bars where there are any. (rich's own handler pads them to the terminal's width.)"""
 
@@ -123,8 +126,9 @@ class Rounds(Phase):
         return None if self._told_round == self.done else self.line()
 
     def is_due(self, since_told: float) -> bool:
-        ended = not self.what
-        return super().is_due(since_told) or (ended and (self._is_long or self.done == self.total))
+        if self.what and self._steps is None:  # within a round that will soon tell of itself
+            return since_told >= A_MINUTE
+        return super().is_due(since_told) or (not self.what and (self._is_long or self.done == self.total))
 
 
 @contextlib.contextmanager
