@@ -48,7 +48,6 @@ def _gguf_parsed_once() -> Iterator[None]:
     """transformers parses the file three times (tokenizer, configuration, weights) and makes its table of names for
     each tensor, so what was made is remembered for as long as the conversion lasts: 18 s instead of 35."""
     import gguf
-
     from transformers import modeling_gguf_pytorch_utils as reading
 
     makers = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
