@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         default_ppo_config,
         default_sft_config,
     )
-    from solotune.trainers.run import train
+    from solotune.runs.start import train
 
 try:
     __version__ = _version("solotune")
@@ -65,4 +65,4 @@ def __getattr__(name: str) -> Any:
         return import_module("solotune.compat.trlx.utils.logging")
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
-    return getattr(import_module("solotune.trainers.run" if name == "train" else "solotune.config"), name)
+    return getattr(import_module("solotune.runs.start" if name == "train" else "solotune.config"), name)

@@ -9,9 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from solotune.config import Recipe, StepPlan, describe_steps, parse_override
+from solotune.config.values import nearest
 from solotune.errors import ConfigError, SolotuneError
-from solotune.report.cleaning import visible
-from solotune.validation import nearest
+from solotune.runs.cleaning import visible
 
 STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
 
@@ -72,7 +72,7 @@ def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
 
 
 def _run(recipe: Recipe, out: Path | None, resume: bool) -> None:
-    from solotune.trainers.run import run_recipe
+    from solotune.runs.start import run_recipe
 
     train = recipe.config.train
     run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume, started=STARTED)
@@ -207,9 +207,9 @@ def sweep(
     server_address: Annotated[str | None, typer.Option("--server_address", hidden=True)] = None,
 ) -> None:
     """Search for settings: run a trlX script's main(hparams), or a recipe, with many. Goes on where it was stopped."""
+    from solotune.runs.console import show_logs
     from solotune.sweep.space import read_plan
     from solotune.sweep.study import Sweep, run_sweep
-    from solotune.trainers.console import show_logs
 
     show_logs()
     if target.endswith(".py") and not Path(target).is_file():

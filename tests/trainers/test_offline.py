@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import solotune
 from solotune.cli import app
+from solotune.config.plans import plan_passes
 from solotune.data.prompts import Prompts
 from solotune.data.samples import load_samples
 from solotune.errors import ConfigError, DataError
-from solotune.plans import plan_passes
-from solotune.trainers.checkpoint import saved
+from solotune.runs.checkpoint import saved
+from solotune.runs.folder import RunFolder, read_lines
 from solotune.trainers.ilql import ILQLTrainer
-from solotune.trainers.run_folder import RunFolder, read_lines
 from solotune.trainers.sft import SFTTrainer
 from tests.tiny import EOS, PAD, tiny_offline_config
 

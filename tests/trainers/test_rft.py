@@ -12,10 +12,10 @@ import solotune
 from solotune.config import Recipe, RFTConfig, describe_steps
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, RewardError
+from solotune.runs.folder import read_lines
+from solotune.runs.start import run_recipe
 from solotune.trainers.order import even_batches
 from solotune.trainers.rft import RFTTrainer
-from solotune.trainers.run import run_recipe
-from solotune.trainers.run_folder import read_lines
 from tests.tiny import tiny_ppo_config
 
 PROMPTS = Prompts(["a film", "another film, a longer one", "so"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from solotune.errors import DataError
-from solotune.report.cleaning import one_line
+from solotune.runs.cleaning import one_line
 
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
 

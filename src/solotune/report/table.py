@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from solotune.errors import DataError
-from solotune.report.cleaning import one_line
 from solotune.report.reading import by_prompt, mean, pair_up
+from solotune.runs.cleaning import one_line
 
 
 def before_after_table(before: list[dict[str, Any]], after: list[dict[str, Any]], rows: int) -> Table:

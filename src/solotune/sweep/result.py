@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from solotune.report.cleaning import one_line
+from solotune.runs.cleaning import one_line
+from solotune.runs.console import console
 from solotune.sweep.space import Parameter, Plan
 from solotune.sweep.trial import as_overrides
-from solotune.trainers.console import console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 
 from solotune.config import Recipe
 from solotune.errors import ConfigError, MissingExtraError, TrainingError
+from solotune.runs.console import console
+from solotune.runs.signals import stop_requests
 from solotune.sweep.process import Child
 from solotune.sweep.result import Row, best_row, described, show, write
 from solotune.sweep.space import Plan
 from solotune.sweep.trial import CANNOT_START, as_overrides
-from solotune.trainers.console import console
-from solotune.trainers.signals import stop_requests
 
 if TYPE_CHECKING:
     from optuna import Study

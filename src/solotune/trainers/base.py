@@ -21,20 +21,20 @@ from solotune.models.products import allow_tf32_beside, use_fastest_products
 from solotune.rewards.guard import OnError
 from solotune.rollout.records import Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
-from solotune.trainers import checkpoint, tracking
-from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import round_progress, say
+from solotune.runs import checkpoint, tracking
+from solotune.runs.clock import Clock, peak_memory_bytes
+from solotune.runs.console import round_progress, say
+from solotune.runs.folder import RunFolder
+from solotune.runs.signals import RoundInterrupted, Stop, stop_requests
 from solotune.trainers.evaluation import Evaluation, evaluate
 from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
-from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import PromptSampler, Texts, separator_of
 from solotune.trainers.scoring import Scorer
-from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
 
 if TYPE_CHECKING:
     from solotune.config import StepPlan, TRLConfig
-    from solotune.plans import GrowthPlan, PassPlan
+    from solotune.config.plans import GrowthPlan, PassPlan
 
 T = TypeVar("T")
 log = logging.getLogger("solotune")

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from solotune.config import TRLConfig
+from solotune.config.plans import PassPlan, plan_passes
 from solotune.data.batches import Batch, collate
 from solotune.data.dialogues import encode_pairs, encode_samples
 from solotune.data.prompts import Prompts
 from solotune.models.loading import load_tokenizer
 from solotune.models.offline import OfflineModel
-from solotune.plans import PassPlan, plan_passes
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import minibatches
 from solotune.trainers.sampling import room_for_prompts

@@ -29,13 +29,13 @@ from solotune.algorithms.kl import AdaptiveKLController, FixedKLController, k1
 from solotune.algorithms.ppo import PPOLoss, explained_variance, ppo_loss
 from solotune.algorithms.rewards import RunningMoments, scale_and_clip, token_rewards
 from solotune.config import PPOConfig, TRLConfig, describe_steps
+from solotune.config.methods.ppo import LOSS_NAMES
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, TrainingError
-from solotune.methods import LOSS_NAMES
 from solotune.models.policy import Measured
 from solotune.rollout.records import FinishReason, Rollouts
 from solotune.rollout.settings import sweep
-from solotune.trainers import checkpoint
+from solotune.runs import checkpoint
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import PromptOrder, minibatches
 from solotune.trainers.ppo_round import Credit, Round

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from solotune.config import ILQLConfig, PPOConfig, RFTConfig, SFTConfig, TRLConfig
+from solotune.config.values import nearest, shown
 from solotune.errors import ConfigError, NotYetError
-from solotune.validation import nearest, shown
 
 _TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
 _PIPELINES: dict[str, tuple[str, type]] = {}

@@ -28,10 +28,10 @@ from torch import Tensor
 from solotune.algorithms.rft import first_of_each, percentile_schedule, select
 from solotune.algorithms.sft import sft_loss
 from solotune.config import RFTConfig, TRLConfig
+from solotune.config.plans import GrowthPlan, plan_growth
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError
 from solotune.models.policy import PolicyModel
-from solotune.plans import GrowthPlan, plan_growth
 from solotune.rollout.records import FinishReason, Rollouts
 from solotune.rollout.settings import sweep
 from solotune.trainers.base import Trainer

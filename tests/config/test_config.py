@@ -24,8 +24,8 @@ from solotune.config import (
     default_ppo_config,
     describe_steps,
 )
+from solotune.config.yaml import to_yaml
 from solotune.errors import ConfigError
-from solotune.validation import to_yaml
 
 SIZES = dict(total_steps=10, seq_length=64, epochs=2, batch_size=8, checkpoint_interval=5, eval_interval=5)
 LORA = {"delta_type": "lora", "modified_modules": "attention", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from solotune.report.cleaning import one_line, visible
+from solotune.runs.cleaning import one_line, visible
 
 console = Console(stderr=False)
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solotune.validation import merged, nearest, parse_yaml, shown, to_yaml
+from solotune.config.values import nearest, shown
+from solotune.config.yaml import merged, parse_yaml, to_yaml
 
 names = st.text("abc_-.e019 #:é\n", min_size=1, max_size=6)
 leaves = (

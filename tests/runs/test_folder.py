@@ -6,7 +6,7 @@ import math
 import pytest
 
 from solotune.errors import ConfigError
-from solotune.trainers.run_folder import RunFolder, read_lines
+from solotune.runs.folder import RunFolder, read_lines
 
 ODD = "line\u2028separator, paragraph\u2029, next\x85line\r, tab\t"
 

@@ -33,7 +33,6 @@ from solotune.data.dialogues import checked_rewards
 from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_prompts, load_prompts
 from solotune.data.samples import as_list, load_samples
 from solotune.errors import ConfigError, NotYetError, SolotuneError
-from solotune.files import named
 from solotune.models.loading import build_policy, load_tokenizer, versions
 from solotune.models.tree import format_bytes, parameter_tree
 from solotune.report.page import write_report
@@ -41,13 +40,14 @@ from solotune.report.reading import read_run
 from solotune.report.table import before_after_table
 from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
-from solotune.trainers import checkpoint, tracking
+from solotune.runs import checkpoint, tracking
+from solotune.runs.clock import Clock, peak_memory_bytes
+from solotune.runs.console import console, say, show_logs
+from solotune.runs.files import named
+from solotune.runs.folder import RunFolder
 from solotune.trainers.base import DDP, Trainer
-from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import console, say, show_logs
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.registry import get_pipeline, trainer_of
-from solotune.trainers.run_folder import RunFolder
 from solotune.trainers.sampling import room_for_prompts
 
 log = logging.getLogger("solotune")

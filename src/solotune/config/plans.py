@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     from solotune.config import TRLConfig
-    from solotune.methods import PPOConfig, RFTConfig
+    from solotune.config.methods.ppo import PPOConfig
+    from solotune.config.methods.rft import RFTConfig
 
 
 class StepPlan(NamedTuple):

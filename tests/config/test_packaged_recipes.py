@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from solotune.cli import RECIPE_FOLDERS, app
 from solotune.config import Recipe
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 from tests.rewards.words import bert_config, save, word_tokenizer
 from tests.tiny import save_tiny
 

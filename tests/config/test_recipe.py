@@ -17,10 +17,10 @@ from solotune.config import (
     describe_steps,
     parse_override,
 )
+from solotune.config.yaml import parse_yaml, read_yaml, to_yaml
 from solotune.errors import ConfigError
-from solotune.validation import parse_yaml, read_yaml, to_yaml
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = {"base": "encoder", "data": "asset:film-snippets"}
 
 
@@ -206,7 +206,7 @@ def test_the_classic_recipe_is_the_classic_experiment():
 
 
 def test_the_recipe_in_the_readme_is_one():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (text,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
     recipe = Recipe.from_dict(parse_yaml(text, "README.md"))
     recipe.config.check()

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from solotune.errors import ConfigError
-from solotune.files import links_out, named, whole_folder, write_whole
-from solotune.lines import append_lines, as_lines, finite, not_a_runs, read_lines
 from solotune.rollout.records import Rollouts
+from solotune.runs.files import links_out, named, whole_folder, write_whole
+from solotune.runs.lines import append_lines, as_lines, finite, not_a_runs, read_lines
 
 log = logging.getLogger("solotune")
 

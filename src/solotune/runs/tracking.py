@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from solotune.errors import ConfigError, MissingExtraError
-from solotune.lines import append_lines
+from solotune.runs.lines import append_lines
 from solotune.trainers.evaluation import Evaluation
 
 if TYPE_CHECKING:

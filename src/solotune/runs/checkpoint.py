@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from solotune.errors import CheckpointError, ConfigError, SolotuneError
-from solotune.files import named, remove, whole_folder
-from solotune.trainers.saved_state import check_state, is_like
+from solotune.runs.files import named, remove, whole_folder
+from solotune.runs.saved_state import check_state, is_like
 
 KEEP = 2
 MANIFEST = "manifest.json"

@@ -1,11 +1,4 @@
-"""The configuration: trlX's classes, names and nesting, strict and in YAML; and the recipe, which adds data and reward.
-
-    config = default_ppo_config().evolve(train=dict(batch_size=16), method=dict(num_rollouts=64))
-    recipe = Recipe.load_yaml("recipes/quickstart.yaml", overrides=["method.lam=0.9"])
-
-Every value is checked when it is read; an error names the setting, the value given and what is allowed. Nothing here
-imports torch or transformers.
-"""
+"""`TRLConfig`: trlX's configuration, and the rules between its sections."""
 
 import json
 import os
@@ -16,67 +9,18 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from solotune.config.methods.base import MethodConfig, get_method
+from solotune.config.methods.ilql import ILQLConfig
+from solotune.config.methods.ppo import PPOConfig
+from solotune.config.methods.rft import RFTConfig
+from solotune.config.plans import GrowthPlan, StepPlan, plan_growth, plan_rounds
+from solotune.config.secrets import secrets_in
+from solotune.config.section import Section, build_section, field_values
+from solotune.config.sections import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
+from solotune.config.values import STRICT, nearest
+from solotune.config.yaml import merged, plain, read_yaml, to_yaml
 from solotune.errors import ConfigError
-from solotune.methods import (
-    ILQLConfig,
-    MethodConfig,
-    PPOConfig,
-    RFTConfig,
-    SFTConfig,
-    get_method,
-    register_method,
-)
-from solotune.plans import GrowthPlan, StepPlan, plan_growth, plan_rounds
 from solotune.rollout.settings import LIST_VALUED
-from solotune.secrets import secrets_in
-from solotune.sections import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RewardTrainingConfig,
-    SchedulerConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
-from solotune.validation import (
-    STRICT,
-    Section,
-    build_section,
-    field_values,
-    merged,
-    nearest,
-    own_copy,
-    parse_yaml,
-    plain,
-    read_yaml,
-    to_yaml,
-)
-
-__all__ = [
-    "DataConfig",
-    "ILQLConfig",
-    "MethodConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PPOConfig",
-    "RFTConfig",
-    "Recipe",
-    "RewardConfig",
-    "RewardTrainingConfig",
-    "SFTConfig",
-    "SchedulerConfig",
-    "StepPlan",
-    "TRLConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "default_ilql_config",
-    "default_ppo_config",
-    "default_sft_config",
-    "describe_steps",
-    "get_method",
-    "register_method",
-]
 
 _SECTIONS: dict[str, type] = {
     "method": MethodConfig,
@@ -86,7 +30,6 @@ _SECTIONS: dict[str, type] = {
     "tokenizer": TokenizerConfig,
     "train": TrainConfig,
 }
-_RECIPE_SECTIONS: dict[str, type] = {"data": DataConfig, "reward": RewardConfig}
 
 
 def _build_method(values: Any) -> Any:
@@ -135,7 +78,7 @@ class TRLConfig(Section):
         Raises:
             ConfigError: every problem of every section, one a line.
         """
-        return cls(**_build_sections(config, cls.SECTIONS))
+        return cls(**build_sections(config, cls.SECTIONS))
 
     def to_dict(self) -> dict[str, Any]:
         """Sections as dicts, all of them copies; objects (a model given as one) are the same objects."""
@@ -145,13 +88,13 @@ class TRLConfig(Section):
     def load_yaml(cls, path: str | os.PathLike[str]) -> "TRLConfig":
         """The configuration in a YAML file; a recipe, which has `data` and `reward` too, is for `Recipe.load_yaml`."""
         values = read_yaml(path)
-        with _naming(path):
+        with naming(path):
             return cls.from_dict(values)
 
     def save_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes what `load_yaml` reads back as an equal configuration."""
         with open(path, "w", encoding="utf-8") as file:
-            file.write(to_yaml(_writable(self.to_dict())))
+            file.write(to_yaml(writable(self.to_dict())))
 
     def evolve(self, **sections: Any) -> "TRLConfig":
         """A new configuration with the given settings merged in: `evolve(train=dict(batch_size=8))`."""
@@ -167,7 +110,7 @@ class TRLConfig(Section):
         return cls.from_dict(merged(base, config))
 
     def __str__(self) -> str:
-        return json.dumps(plain(_writable(self.to_dict())), indent=4)
+        return json.dumps(plain(writable(self.to_dict())), indent=4)
 
 
 # ---- rules between sections ---------------------------------------------------------------------------------------
@@ -251,114 +194,10 @@ def _remainder_problems(config: TRLConfig) -> Iterable[str]:
         )
 
 
-# ---- recipes ------------------------------------------------------------------------------------------------------
+# ---- reading and writing -----------------------------------------------------------------------------------------
 
 
-@dataclass(config=STRICT)
-class Recipe(Section):
-    """A configuration, the data and the reward: everything that `solotune train` needs.
-
-    What learns from given samples (SFT, ILQL) needs no reward; where one is given, it scores the evaluations.
-    """
-
-    config: TRLConfig
-    data: DataConfig
-    reward: RewardConfig | None = None
-
-    def check(self) -> None:
-        """Raises ConfigError where the method lacks its data or its reward, or a setting holds a secret."""
-        problems = list(_data_problems(self.config.method, self.data, self.reward))
-        written_out = (
-            "prompts",
-            "eval_prompts",
-            "samples",
-            "prompt_template",
-            "stop_sequences",
-        )  # texts, not names of sources
-        data = {k: v for k, v in field_values(self.data).items() if isinstance(v, str) or k not in written_out}
-        reward = {} if self.reward is None else field_values(self.reward)
-        if problems := [*problems, *secrets_in({"data": data, "reward": reward})]:
-            raise ConfigError("\n".join(problems))
-
-    @classmethod
-    def from_dict(cls, recipe: Mapping[str, Any]) -> "Recipe":
-        """The recipe in a mapping of sections; `versions`, which a saved run has, is left out.
-
-        Raises:
-            ConfigError: every problem of every section, one a line.
-        """
-        given = dict(own_copy(recipe)) if isinstance(recipe, Mapping) else recipe
-        if isinstance(given, dict):
-            given.pop("versions", None)
-        optional = {"reward"} if isinstance(given, dict) and _is_offline(given.get("method")) else set()
-        built = _build_sections(given, _SECTIONS | _RECIPE_SECTIONS, optional)
-        config = TRLConfig(**{name: built[name] for name in _SECTIONS})
-        return cls(config, built["data"], built.get("reward"))
-
-    @classmethod
-    def load_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "Recipe":
-        """The recipe in a YAML file, with settings such as `"method.lam=0.9"` replaced; their values are YAML.
-
-        Raises:
-            ConfigError: not a file, not YAML, or what is wrong with its settings.
-        """
-        values = read_yaml(path)
-        for override in overrides:
-            values = merged(values, parse_override(override))
-        with _naming(path):
-            return cls.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Sections as dicts, all of them copies: those of the config, then data and reward."""
-        reward = {} if self.reward is None else {"reward": field_values(self.reward)}
-        return {**self.config.to_dict(), "data": field_values(self.data), **reward}
-
-    def save_yaml(self, path: str | os.PathLike[str], versions: Mapping[str, str] | None = None) -> None:
-        """Writes what `load_yaml` reads back as an equal recipe; `versions` (package: version) go along."""
-        values = _writable(self.to_dict())
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(to_yaml({**values, "versions": dict(versions)} if versions else values))
-
-
-def _is_offline(method: Any) -> bool:
-    """Whether a method section, an object or a mapping with the method's name, learns from given samples."""
-    if isinstance(method, Mapping):
-        try:
-            return issubclass(get_method(str(method.get("name"))), SFTConfig | ILQLConfig)
-        except ConfigError:
-            return False
-    return isinstance(method, SFTConfig | ILQLConfig)
-
-
-def _data_problems(method: MethodConfig, data: DataConfig, reward: RewardConfig | None) -> Iterable[str]:
-    if not _is_offline(method):
-        if data.samples is not None:
-            yield f"data.samples is not used by {method.name}, which learns from what it samples: remove it"
-        if data.prompts is None:
-            yield f"data.prompts is missing: {method.name} continues prompts"
-        if reward is None:
-            yield f"section reward is missing: {method.name} learns from rewards of what it samples"
-        return
-    if data.samples is None:
-        yield f"data.samples is missing: {method.name} learns from given samples"
-    if data.prompts is not None:
-        yield f"data.prompts is not used by {method.name}: remove it (evaluations continue data.eval_prompts)"
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=c` as {"a.b": c}, with c read as YAML.
-
-    Raises:
-        ConfigError: no `=`, no dotted name before it, or c is not YAML.
-    """
-    name, equals, value = text.partition("=")
-    name = name.strip()
-    if not equals or "." not in name or not all(name.split(".")):
-        raise ConfigError(f"override {text!r}: must be section.setting=value, e.g. train.batch_size=16")
-    return {name: parse_yaml(value, f"the value of {text!r}")}
-
-
-def _build_sections(values: Any, sections: Mapping[str, type], optional: Iterable[str] = ()) -> dict[str, Any]:
+def build_sections(values: Any, sections: Mapping[str, type], optional: Iterable[str] = ()) -> dict[str, Any]:
     """One object a section; the problems of all sections are collected."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"a configuration must be a mapping of {', '.join(sections)}, not {type(values).__name__}")
@@ -401,7 +240,7 @@ def _dotted_names(values: Mapping[str, Any], sections: Iterable[str]) -> Iterabl
                 yield from (f"{section}.{name}.{key}" for key in value)
 
 
-def _writable(values: dict[str, Any]) -> dict[str, Any]:
+def writable(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with a model object replaced by its name and, for the parameter tree, its architecture."""
     model = dict(values["model"])
     given = model["model_path"]
@@ -413,7 +252,7 @@ def _writable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Puts the file's name before the problems that are found in its settings."""
     try:
         yield
@@ -421,48 +260,6 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         problems = str(error).splitlines()
         between = " " if len(problems) == 1 else "\n  "
         raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
-
-
-# ---- trlX's defaults, and step accounting ---------------------------------------------------------------------------
-
-
-def default_ppo_config() -> TRLConfig:
-    """trlX's defaults: GPT-2 that knows film reviews, its last two blocks trained."""
-    train = TrainConfig(
-        total_steps=10000, seq_length=1024, epochs=100, batch_size=32, checkpoint_interval=10000, eval_interval=100
-    )
-    return _defaults(PPOConfig(), ModelConfig(model_path="lvwerra/gpt2-imdb", num_layers_unfrozen=2), 3e-5, train)
-
-
-def default_ilql_config() -> TRLConfig:
-    """trlX's defaults: GPT-2, everything trained, by implicit language Q-learning."""
-    train = TrainConfig(
-        total_steps=1000, seq_length=64, epochs=100, batch_size=128, checkpoint_interval=1000, eval_interval=100,
-        trainer="AccelerateILQLTrainer",
-    )  # fmt: skip
-    return _defaults(ILQLConfig(), ModelConfig(model_path="gpt2"), 5e-5, train)
-
-
-def default_sft_config() -> TRLConfig:
-    """trlX's defaults: GPT-2, everything trained, on given samples."""
-    train = TrainConfig(
-        total_steps=1000, seq_length=1024, epochs=100, batch_size=8, checkpoint_interval=10000, eval_interval=100,
-        trainer="AccelerateSFTTrainer",
-    )  # fmt: skip
-    return _defaults(SFTConfig(), ModelConfig(model_path="gpt2"), 1e-4, train)
-
-
-def _defaults(method: MethodConfig, model: ModelConfig, lr: float, train: TrainConfig) -> TRLConfig:
-    """With the optimizer, the (constant) schedule and the tokenizer that all of trlX's defaults have."""
-    adamw = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
-    return TRLConfig(
-        method=method,
-        model=model,
-        optimizer=OptimizerConfig(name="adamw", kwargs=adamw),
-        scheduler=SchedulerConfig(name="cosine_annealing", kwargs={"T_max": 1e12, "eta_min": lr}),
-        tokenizer=TokenizerConfig(tokenizer_path="gpt2"),
-        train=train,
-    )
 
 
 def describe_steps(config: TRLConfig) -> StepPlan | GrowthPlan:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import RunFileError
-from solotune.files import named
+from solotune.runs.files import named
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
