@@ -6,9 +6,9 @@ solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in 
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
+
+from solotune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from solotune.config import (
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
         default_sft_config,
     )
     from solotune.runs.start import train
-
-try:
-    __version__ = _version("solotune")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0"
 
 __all__ = [
     "DataConfig",

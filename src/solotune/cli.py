@@ -208,8 +208,9 @@ def sweep(
 ) -> None:
     """Search for settings: run a trlX script's main(hparams), or a recipe, with many. Goes on where it was stopped."""
     from solotune.runs.console import show_logs
+    from solotune.sweep.job import Sweep
     from solotune.sweep.space import read_plan
-    from solotune.sweep.study import Sweep, run_sweep
+    from solotune.sweep.study import run_sweep
 
     show_logs()
     if target.endswith(".py") and not Path(target).is_file():

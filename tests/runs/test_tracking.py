@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from solotune.errors import MissingExtraError
+from solotune.runs.evaluation import Evaluation
 from solotune.runs.lines import read_lines
 from solotune.runs.tracking import VALUES_FILE, available_tracker, evaluation_names, mlflow_name, round_names, start
-from solotune.trainers.evaluation import Evaluation
 
 
 def test_a_rounds_metrics_keep_their_names_and_get_trlxs():

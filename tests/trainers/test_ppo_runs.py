@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import solotune
+from solotune.runs.evaluation import Evaluation
 from solotune.runs.folder import read_lines
-from solotune.trainers.evaluation import Evaluation
 from tests.tiny import tiny_ppo_config
 from tests.trainers.test_ppo import PROMPTS, trainer_of, vowels
 

@@ -7,7 +7,6 @@
 Each is prepared once and cached under `$SOLOTUNE_CACHE` (default `$XDG_CACHE_HOME/solotune`, `~/.cache/solotune`).
 """
 
-import importlib
 import logging
 import os
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from solotune.errors import DataError, MissingExtraError
+from solotune.data.packages import require_package
+from solotune.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +68,6 @@ def resolve(name: str) -> str:
     if name not in _ASSETS:
         raise DataError(f"there is no asset {name!r}; the assets are {', '.join(sorted(_ASSETS))}")
     return str(_ASSETS[name]())
-
-
-def require_package(module: str, purpose: str):
-    """Import an optional module, or say which extra brings it.
-
-    Raises:
-        MissingExtraError: the module is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{purpose} needs the package {module!r}, which is not installed ({error}); "
-            "install it with: pip install 'solotune[quickstart]'"
-        ) from error
 
 
 def _gemma() -> Path:

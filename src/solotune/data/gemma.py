@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from solotune.data.assets import require_package
+from solotune.data.packages import require_package
 
 logger = logging.getLogger(__name__)
 

@@ -36,6 +36,7 @@ from solotune.models.policy import PolicyModel, ValueBranch
 from solotune.models.seq2seq import Seq2SeqPolicy
 from solotune.models.seq2seq_offline import Seq2SeqILQLModel, Seq2SeqOfflineModel
 from solotune.models.split import Decoder
+from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.config import ModelConfig, TokenizerConfig, TRLConfig
@@ -301,10 +302,8 @@ def versions() -> dict[str, str]:
     import accelerate
     import peft
 
-    import solotune
-
     return {
-        "solotune": solotune.__version__,
+        "solotune": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

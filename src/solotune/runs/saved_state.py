@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from solotune.trainers.evaluation import Evaluation
+from solotune.runs.evaluation import Evaluation
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from solotune.errors import ConfigError, MissingExtraError
+from solotune.runs.evaluation import Evaluation
 from solotune.runs.lines import append_lines
-from solotune.trainers.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from solotune.config import TRLConfig

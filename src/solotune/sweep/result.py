@@ -15,13 +15,12 @@ from rich.text import Text
 
 from solotune.runs.cleaning import one_line
 from solotune.runs.console import console
+from solotune.sweep.job import Sweep
 from solotune.sweep.space import Parameter, Plan
 from solotune.sweep.trial import as_overrides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from solotune.sweep.study import Sweep
 
 PANELS_IN_A_ROW = 3
 

@@ -24,9 +24,10 @@ from solotune.rollout.settings import SamplingSettings, sweep
 from solotune.runs import checkpoint, tracking
 from solotune.runs.clock import Clock, peak_memory_bytes
 from solotune.runs.console import round_progress, say
+from solotune.runs.evaluation import Evaluation
 from solotune.runs.folder import RunFolder
 from solotune.runs.signals import RoundInterrupted, Stop, stop_requests
-from solotune.trainers.evaluation import Evaluation, evaluate
+from solotune.trainers.evaluation import evaluate
 from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
 from solotune.trainers.order import Stream
 from solotune.trainers.sampling import PromptSampler, Texts, separator_of

@@ -57,11 +57,6 @@ def get_trainer(name: str) -> Callable[..., Any]:
         NotYetError: it is one of NeMo's.
         ConfigError: nobody registered it; names those that are known.
     """
-    import solotune.trainers.ilql
-    import solotune.trainers.ppo
-    import solotune.trainers.rft
-    import solotune.trainers.sft  # noqa: F401  they register themselves
-
     if name.lower() in _TRAINERS:
         return _TRAINERS[name.lower()][1]
     if name.lower() in {other.lower() for other in NEMO}:
