@@ -49,6 +49,15 @@ def gradients(trainer, rollouts, rows):
     return found, loss
 
 
+def test_the_samples_of_a_prompt_are_a_group_and_there_is_no_critic(tiny_folder):
+    trainer = trainer_of(tiny_folder)
+    groups_PG = trainer.sample_rollouts().group_N.view(len(PROMPTS), -1)
+    assert groups_PG.tolist() == [[prompt] * groups_PG.shape[1] for prompt in range(len(PROMPTS))]
+    trainer.rounds_done = 1
+    assert int(trainer.sample_rollouts().group_N[0]) == len(PROMPTS), "groups of two rounds are not mixed up"
+    assert len(trainer.model.critic) == 0
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "last two blocks"])
 def test_the_loss_is_that_of_the_response_tokens_alone(tiny_folder, lora):
     """Against the whole model, row by row and without padding: the prompt is not learned, the EOS is, once."""

@@ -1,4 +1,4 @@
-"""trlX's default configurations, one a method that it had."""
+"""trlX's default configurations."""
 
 from solotune.config.methods.base import MethodConfig
 from solotune.config.methods.ilql import ILQLConfig
@@ -45,3 +45,7 @@ def _defaults(method: MethodConfig, model: ModelConfig, lr: float, train: TrainC
         tokenizer=TokenizerConfig(tokenizer_path="gpt2"),
         train=train,
     )
+
+
+FOR = {"prompts": default_ppo_config, "samples": default_sft_config, "rated samples": default_ilql_config}
+"""What is taken for the data of a kind (`MethodConfig.LEARNS_FROM`) where no configuration is given."""

@@ -1,18 +1,15 @@
-"""How runs count: PPO by rounds, RFT by growth, SFT and ILQL by passes."""
+"""How runs count: by rounds of rollouts, by growth, or by passes over given samples. A method's config says which."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from solotune.config import TRLConfig
-    from solotune.config.methods.ppo import PPOConfig
-    from solotune.config.methods.rft import RFTConfig
+from solotune.config.sections import TrainConfig
 
 
 class StepPlan(NamedTuple):
-    """What a PPO run will do. `rollouts` is a round's; `total_steps` are optimizer steps; `ended_by` a setting."""
+    """What a run of rounds will do. `rollouts`: a round's; `total_steps` are optimizer steps; `ended_by` a setting."""
 
     rounds: int
     rollouts: int
@@ -38,16 +35,15 @@ class StepPlan(NamedTuple):
         return self.line
 
 
-def plan_rounds(config: TRLConfig) -> StepPlan:
-    """`train.epochs` rounds of `method.ppo_epochs` passes, and at most `train.total_steps` steps."""
-    method, train = cast("PPOConfig", config.method), config.train
-    steps_per_round = method.ppo_epochs * math.ceil(method.num_rollouts / train.batch_size)
-    total, ended_by = _ended(config, steps_per_round)
-    return StepPlan(math.ceil(total / steps_per_round), method.num_rollouts, steps_per_round, total, ended_by)
+def plan_rounds(train: TrainConfig, rollouts: int, passes: int = 1) -> StepPlan:
+    """`train.epochs` rounds of so many passes over so many rollouts, and at most `train.total_steps` steps."""
+    steps_per_round = passes * math.ceil(rollouts / train.batch_size)
+    total, ended_by = _ended(train, steps_per_round)
+    return StepPlan(math.ceil(total / steps_per_round), rollouts, steps_per_round, total, ended_by)
 
 
 class GrowthPlan(NamedTuple):
-    """What a run of RFT will do. How many optimizer steps a pass has is known once its samples are selected.
+    """What a run by growth (RFT) will do. How many optimizer steps a pass has is known once its samples are selected.
 
     Args:
         rounds: growth steps: all prompts are sampled anew in each.
@@ -84,15 +80,14 @@ class GrowthPlan(NamedTuple):
         return self.line
 
 
-def plan_growth(config: TRLConfig) -> GrowthPlan:
-    """`train.epochs` improvement steps, `method.n_improve_steps` a round, and at most `train.total_steps` steps."""
-    method = cast("RFTConfig", config.method)
+def plan_growth(train: TrainConfig, passes_per_round: int, generations_per_prompt: int) -> GrowthPlan:
+    """`train.epochs` improvement steps, so many of them a round, and at most `train.total_steps` optimizer steps."""
     return GrowthPlan(
-        rounds=math.ceil(config.train.epochs / method.n_improve_steps),
-        passes_per_round=method.n_improve_steps,
-        passes=config.train.epochs,
-        generations_per_prompt=method.n_generations_per_prompt,
-        total_steps=config.train.total_steps,
+        rounds=math.ceil(train.epochs / passes_per_round),
+        passes_per_round=passes_per_round,
+        passes=train.epochs,
+        generations_per_prompt=generations_per_prompt,
+        total_steps=train.total_steps,
     )
 
 
@@ -146,17 +141,15 @@ class PassPlan(NamedTuple):
         )
 
 
-def plan_passes(config: TRLConfig, n_samples: int, n_processes: int = 1) -> PassPlan:
+def plan_passes(train: TrainConfig, n_samples: int, n_processes: int = 1) -> PassPlan:
     """The plan of `train.epochs` passes over so many samples, at most `train.total_steps` steps."""
-    train = config.train
     steps_per_pass = math.ceil(math.ceil(n_samples / n_processes) / train.batch_size)
-    total, ended_by = _ended(config, steps_per_pass)
+    total, ended_by = _ended(train, steps_per_pass)
     return PassPlan(n_samples, steps_per_pass, total, (train.eval_interval, train.checkpoint_interval), ended_by)
 
 
-def _ended(config: TRLConfig, steps_per_epoch: int) -> tuple[int, str]:
+def _ended(train: TrainConfig, steps_per_epoch: int) -> tuple[int, str]:
     """Optimizer steps in all, and the setting that ends them."""
-    train = config.train
     if train.total_steps <= train.epochs * steps_per_epoch:
         return train.total_steps, f"train.total_steps = {train.total_steps:,}"
     return train.epochs * steps_per_epoch, f"train.epochs = {train.epochs:,}"
@@ -164,3 +157,6 @@ def _ended(config: TRLConfig, steps_per_epoch: int) -> tuple[int, str]:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+Plan = StepPlan | GrowthPlan | PassPlan

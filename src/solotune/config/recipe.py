@@ -7,8 +7,6 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from solotune.config.methods.base import MethodConfig, get_method
-from solotune.config.methods.ilql import ILQLConfig
-from solotune.config.methods.sft import SFTConfig
 from solotune.config.secrets import secrets_in
 from solotune.config.section import Section, field_values
 from solotune.config.sources import DataConfig, RewardConfig
@@ -54,7 +52,7 @@ class Recipe(Section):
         given = dict(own_copy(recipe)) if isinstance(recipe, Mapping) else recipe
         if isinstance(given, dict):
             given.pop("versions", None)
-        optional = {"reward"} if isinstance(given, dict) and _is_offline(given.get("method")) else set()
+        optional = {"reward"} if isinstance(given, dict) and not _needs_reward(given.get("method")) else set()
         built = build_sections(given, TRLConfig.SECTIONS | {"data": DataConfig, "reward": RewardConfig}, optional)
         config = TRLConfig(**{name: built[name] for name in TRLConfig.SECTIONS})
         return cls(config, built["data"], built.get("reward"))
@@ -84,18 +82,19 @@ class Recipe(Section):
             file.write(to_yaml({**values, "versions": dict(versions)} if versions else values))
 
 
-def _is_offline(method: Any) -> bool:
-    """Whether a method section, an object or a mapping with the method's name, learns from given samples."""
+def _needs_reward(method: Any) -> bool:
+    """Whether a method section, an object or a mapping with the method's name, learns from rewards of what it samples;
+    one that is not known is said elsewhere."""
     if isinstance(method, Mapping):
         try:
-            return issubclass(get_method(str(method.get("name"))), SFTConfig | ILQLConfig)
+            return get_method(str(method.get("name"))).LEARNS_FROM == "prompts"
         except ConfigError:
-            return False
-    return isinstance(method, SFTConfig | ILQLConfig)
+            return True
+    return not isinstance(method, MethodConfig) or method.samples_itself
 
 
 def _data_problems(method: MethodConfig, data: DataConfig, reward: RewardConfig | None) -> Iterable[str]:
-    if not _is_offline(method):
+    if method.samples_itself:
         if data.samples is not None:
             yield f"data.samples is not used by {method.name}, which learns from what it samples: remove it"
         if data.prompts is None:

@@ -35,6 +35,9 @@ def _lower(value: Any) -> Any:
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
+DEFAULT_TRAINER = "AcceleratePPOTrainer"
+"""trlX's default for every method, and so read as: the method's own trainer."""
+
 
 @dataclass(config=STRICT)
 class TrainConfig(Section):
@@ -59,7 +62,7 @@ class TrainConfig(Section):
     checkpoint_interval: PositiveInt
     eval_interval: PositiveInt
     pipeline: str = "PromptPipeline"
-    trainer: str = "AcceleratePPOTrainer"
+    trainer: str = DEFAULT_TRAINER
     trainer_kwargs: FreeDict = field(default_factory=dict)
     project_name: str = "solotune"
     run_name: str | None = None

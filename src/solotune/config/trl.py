@@ -10,10 +10,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from solotune.config.methods.base import MethodConfig, get_method
-from solotune.config.methods.ilql import ILQLConfig
-from solotune.config.methods.ppo import PPOConfig
-from solotune.config.methods.rft import RFTConfig
-from solotune.config.plans import GrowthPlan, StepPlan, plan_growth, plan_rounds
+from solotune.config.plans import Plan
 from solotune.config.secrets import secrets_in
 from solotune.config.section import Section, build_section, field_values
 from solotune.config.sections import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
@@ -63,11 +60,8 @@ class TRLConfig(Section):
             *_nothing_trains(self),
             *_quantization_problems(self),
             *_generation_problems(self),
-            *_adaptive_kl_problems(self),
-            *_max_kl_problems(self),
+            *self.method.problems(self.train, self.AS_TRLX),
         ]
-        if not self.AS_TRLX:
-            problems += _remainder_problems(self)
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -118,7 +112,7 @@ class TRLConfig(Section):
 
 def _nothing_trains(config: TRLConfig) -> Iterable[str]:
     model = config.model
-    if isinstance(config.method, ILQLConfig):  # its Q and V heads train even with every block frozen
+    if config.method.HEADS == "q":  # they train even with every block frozen
         return
     if model.num_layers_unfrozen == 0 and model.peft_config is None and model.delta_kwargs is None:
         yield (
@@ -159,39 +153,6 @@ def _generation_problems(config: TRLConfig) -> Iterable[str]:
                     f"{path} = {new_tokens}: must be less than train.seq_length, which is {config.train.seq_length} "
                     "and has to hold the prompt as well"
                 )
-
-
-def _adaptive_kl_problems(config: TRLConfig) -> Iterable[str]:
-    method = config.method
-    if not isinstance(method, PPOConfig):
-        return
-    if method.target is not None and method.init_kl_coef == 0:
-        yield "method.init_kl_coef = 0: must be greater than 0 with method.target, which multiplies it"
-    if method.target is not None and method.num_rollouts >= 5 * method.horizon:
-        yield (
-            f"method.horizon = {method.horizon:g}: must be greater than a fifth of method.num_rollouts, which is "
-            f"{method.num_rollouts}"
-        )
-
-
-def _max_kl_problems(config: TRLConfig) -> Iterable[str]:
-    if getattr(config.method, "max_kl", None) is not None and config.train.keep_checkpoints < 2:
-        yield "train.keep_checkpoints = 1: must be at least 2 with method.max_kl, which goes back to the one before"
-
-
-def _remainder_problems(config: TRLConfig) -> Iterable[str]:
-    method = config.method
-    if not isinstance(method, PPOConfig):
-        return
-    for path, size in (("train.batch_size", config.train.batch_size), ("method.chunk_size", method.chunk_size)):
-        count = method.num_rollouts
-        if count % size == 0 or (path == "method.chunk_size" and size >= count):
-            continue
-        fits = [n for n in (count // size * size, -(-count // size) * size) if n]
-        yield (
-            f"method.num_rollouts = {count}: must be a multiple of {path}, which is {size}, "
-            f"e.g. {' or '.join(map(str, fits))}"
-        )
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------------
@@ -262,17 +223,16 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigError(between.join([f"{os.fspath(path)}:", *problems])) from None
 
 
-def describe_steps(config: TRLConfig) -> StepPlan | GrowthPlan:
-    """How many rounds and optimizer steps a PPO or RFT run takes, and which setting ends it.
+def describe_steps(config: TRLConfig) -> Plan:
+    """How many rounds and optimizer steps a run takes of a method that samples itself, and which setting ends it.
 
-    As in trlX: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size), rounded up.
+    As in trlX, of PPO: total steps = min(train.total_steps, epochs * ppo_epochs * num_rollouts / batch_size), rounded
+    up.
 
     Raises:
-        ConfigError: the method does not sample, and counts in another way.
+        ConfigError: the method learns from given samples, and counts by how many there are.
     """
     method = config.method
-    if isinstance(method, RFTConfig):
-        return plan_growth(config)
-    if not isinstance(method, PPOConfig):
-        raise ConfigError(f"method.name = {method.name!r}: rounds are counted for PPOConfig and RFTConfig only")
-    return plan_rounds(config)
+    if not method.samples_itself:
+        raise ConfigError(f"method.name = {method.name!r}: its steps are counted by the samples it is given")
+    return method.plan(config.train)

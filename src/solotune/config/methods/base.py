@@ -1,15 +1,17 @@
 """What every method's settings share, and their registry: `register_method` adds a method of one's own."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, overload
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from pydantic.dataclasses import dataclass
 
+from solotune.config.plans import Plan
 from solotune.config.section import Section
+from solotune.config.sections import TrainConfig
 from solotune.config.values import STRICT, nearest, shown
 from solotune.errors import ConfigError
 
-_METHODS: dict[str, type] = {}
+_METHODS: dict[str, type["MethodConfig"]] = {}
 C = TypeVar("C", bound=type)
 
 
@@ -30,7 +32,7 @@ def register_method(name: Any) -> Any:
     return name
 
 
-def get_method(name: str) -> type:
+def get_method(name: str) -> type["MethodConfig"]:
     """The method config class registered under `name` (any case).
 
     Raises:
@@ -48,10 +50,42 @@ class MethodConfig(Section):
     """Base of the method configs. `name` is what `get_method` finds the class by."""
 
     SECTION: ClassVar[str] = "method"
-    HEADS: ClassVar[str] = "value"
-    """What is learned beside the language model: a "value" head (and a frozen reference), "q" heads, or "none"."""
+    LEARNS_FROM: ClassVar[Literal["prompts", "samples", "rated samples"]] = "prompts"
+    """What it is given: prompts that it continues itself, samples, or samples with a reward each."""
+    HAS_REFERENCE: ClassVar[bool] = True
+    """Whether it needs what the model was at the start: the KL to it is told, and may be a penalty."""
+    HEADS: ClassVar[Literal["value", "q", "none"]] = "none"
+    """What is learned beside the language model: a critic's "value" head, "q" heads, or "none"."""
 
     name: str
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether it learns from what it samples, and not from given samples."""
+        return self.LEARNS_FROM == "prompts"
+
+    @property
+    def short_name(self) -> str:
+        """What the method is called in a sentence: PPO for PPOConfig."""
+        return self.name.removesuffix("Config")
+
+    def plan(self, train: TrainConfig, n_samples: int = 0, n_processes: int = 1) -> Plan:
+        """How the method's run counts; see `config.plans`.
+
+        Args:
+            n_samples: how many samples are given, of all processes.
+        Raises:
+            NotImplementedError: a method of one's own does not say it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no plan(): say how its run counts, e.g. by plan_rounds")
+
+    def problems(self, train: TrainConfig, as_trlx: bool) -> Iterable[str]:
+        """What does not fit among the method's settings, or beside those of `train`: a line each.
+
+        Args:
+            as_trlx: with trlX's tolerance, such as for batches that do not come out even.
+        """
+        return ()
 
     def check(self) -> None:
         registered = _METHODS.get(self.name.lower())

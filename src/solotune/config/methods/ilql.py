@@ -1,12 +1,14 @@
 """The settings of ILQL."""
 
 from dataclasses import field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from solotune.config.methods.base import MethodConfig, register_method
 from solotune.config.methods.generation import QKwargs
+from solotune.config.plans import PassPlan, plan_passes
+from solotune.config.sections import TrainConfig
 from solotune.config.values import STRICT, Flag, NonNegativeReal, PositiveInt, Real, UnitReal
 from solotune.errors import ConfigError
 
@@ -22,7 +24,9 @@ class ILQLConfig(MethodConfig):
     gen_kwargs: `beta` is the weight of the advantage in decoding; temperature 0 takes the most likely token.
     """
 
-    HEADS: ClassVar[str] = "q"
+    LEARNS_FROM: ClassVar[Literal["prompts", "samples", "rated samples"]] = "rated samples"
+    HAS_REFERENCE: ClassVar[bool] = False
+    HEADS: ClassVar[Literal["value", "q", "none"]] = "q"
 
     name: str = "ILQLConfig"
     tau: UnitReal = 0.7
@@ -36,6 +40,10 @@ class ILQLConfig(MethodConfig):
     gen_kwargs: QKwargs = field(
         default_factory=lambda: {"max_new_tokens": 56, "top_k": 20, "beta": 1, "temperature": 1.0}
     )
+
+    def plan(self, train: TrainConfig, n_samples: int = 0, n_processes: int = 1) -> PassPlan:
+        """By passes over the samples."""
+        return plan_passes(train, n_samples, n_processes)
 
     def check(self) -> None:
         super().check()

@@ -1,13 +1,16 @@
 """The settings of PPO."""
 
+from collections.abc import Iterable
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from solotune.config.methods.base import MethodConfig, register_method
 from solotune.config.methods.generation import GenKwargs, SweepKwargs
+from solotune.config.plans import StepPlan, plan_rounds
+from solotune.config.sections import TrainConfig
 from solotune.config.values import (
     STRICT,
     CountInt,
@@ -62,6 +65,8 @@ class PPOConfig(MethodConfig):
     (there is a checkpoint a round then). None: no limit.
     """
 
+    HEADS: ClassVar[Literal["value", "q", "none"]] = "value"
+
     name: str = "PPOConfig"
     ppo_epochs: PositiveInt = 4
     num_rollouts: PositiveInt = 128
@@ -85,6 +90,30 @@ class PPOConfig(MethodConfig):
     num_value_layers_unfrozen: CountInt = 0
     target_kl: PositiveReal | None = None
     max_kl: PositiveReal | None = None
+
+    def plan(self, train: TrainConfig, n_samples: int = 0, n_processes: int = 1) -> StepPlan:
+        """By rounds of `ppo_epochs` passes over `num_rollouts`."""
+        return plan_rounds(train, self.num_rollouts, self.ppo_epochs)
+
+    def problems(self, train: TrainConfig, as_trlx: bool) -> Iterable[str]:
+        if self.target is not None and self.init_kl_coef == 0:
+            yield "method.init_kl_coef = 0: must be greater than 0 with method.target, which multiplies it"
+        if self.target is not None and self.num_rollouts >= 5 * self.horizon:
+            yield (
+                f"method.horizon = {self.horizon:g}: must be greater than a fifth of method.num_rollouts, which is "
+                f"{self.num_rollouts}"
+            )
+        if self.max_kl is not None and train.keep_checkpoints < 2:
+            yield "train.keep_checkpoints = 1: must be at least 2 with method.max_kl, which goes back to the one before"
+        count = self.num_rollouts
+        for path, size in (("train.batch_size", train.batch_size), ("method.chunk_size", self.chunk_size)):
+            if as_trlx or count % size == 0 or (path == "method.chunk_size" and size >= count):
+                continue
+            fits = [n for n in (count // size * size, -(-count // size) * size) if n]
+            yield (
+                f"method.num_rollouts = {count}: must be a multiple of {path}, which is {size}, "
+                f"e.g. {' or '.join(map(str, fits))}"
+            )
 
     def get_advantages_and_returns(
         self, values: "Tensor", rewards: "Tensor", response_length: int, use_whitening: bool = True

@@ -6,6 +6,8 @@ from pydantic.dataclasses import dataclass
 
 from solotune.config.methods.base import MethodConfig, register_method
 from solotune.config.methods.generation import SweepKwargs
+from solotune.config.plans import GrowthPlan, plan_growth
+from solotune.config.sections import TrainConfig
 from solotune.config.values import STRICT, PositiveInt, UnitReal
 from solotune.errors import ConfigError
 
@@ -28,6 +30,10 @@ class RFTConfig(MethodConfig):
     end_percentile: UnitReal = 0.95
     n_improve_steps: PositiveInt = 4
     n_generations_per_prompt: PositiveInt = 32
+
+    def plan(self, train: TrainConfig, n_samples: int = 0, n_processes: int = 1) -> GrowthPlan:
+        """By growth: `n_improve_steps` passes over the best samples of a round."""
+        return plan_growth(train, self.n_improve_steps, self.n_generations_per_prompt)
 
     def check(self) -> None:
         super().check()

@@ -1,4 +1,4 @@
-"""A round of PPO whose rollouts are being learned from, and its part of a checkpoint when a signal comes then."""
+"""A round whose rollouts are being learned from, and its part of a checkpoint when a signal comes then."""
 
 from __future__ import annotations
 
@@ -12,36 +12,19 @@ from solotune.rollout.records import Rollouts
 from solotune.trainers.sampling import has_room
 
 
-class Credit(NamedTuple):
-    """What a round's tokens are worth.
-
-    Args:
-        advantages_NT: whitened over the response tokens of all processes.
-        returns_NT: targets of the critic.
-        rewards_NT: score less KL penalty, of each token.
-        kl_NT: log p - log p_ref of each token, nats.
-        kl_coef: the weight the penalty had.
-    """
-
-    advantages_NT: Tensor
-    returns_NT: Tensor
-    rewards_NT: Tensor
-    kl_NT: Tensor
-    kl_coef: float
-
-
 class Round(NamedTuple):
     """A round whose rollouts are being learned from.
 
     Args:
+        credit: what its tokens are worth: the method's own record of tensors and plain numbers.
         first_step: optimizer steps before the round.
         metrics: what is known of the round before its update.
-        steps: losses and statistics of the steps taken so far, each (7,).
+        steps: losses and statistics of the steps taken so far, each (L + 1,).
     """
 
     rollouts: Rollouts
     measured: Measured
-    credit: Credit
+    credit: Any
     first_step: int
     metrics: dict[str, Any]
     steps: list[Tensor]
@@ -50,7 +33,7 @@ class Round(NamedTuple):
         """Everything that is a tensor, by name, on the CPU."""
         named = {
             f"round.{part}.{field}": value.cpu()
-            for part in _PARTS
+            for part in ("rollouts", "measured", "credit")
             for field, value in getattr(self, part)._asdict().items()
             if isinstance(value, Tensor)
         }
@@ -58,14 +41,17 @@ class Round(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """The rest, JSON."""
-        return {"first_step": self.first_step, "metrics": self.metrics, "kl_coef": self.credit.kl_coef}
+        credit = {name: value for name, value in self.credit._asdict().items() if not isinstance(value, Tensor)}
+        return {"first_step": self.first_step, "metrics": self.metrics, "credit": credit}
 
     @classmethod
-    def restored(cls, numbers: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Round:
-        """The inverse of `tensors` and `numbers`."""
+    def restored(
+        cls, numbers: dict[str, Any], tensors: dict[str, Tensor], device: torch.device, credit: type[Any]
+    ) -> Round:
+        """The inverse of `tensors` and `numbers`; `credit` is the method's record."""
 
-        def part(name: str) -> dict[str, Any]:
-            fields = {field: tensors.get(f"round.{name}.{field}") for field in _PARTS[name]._fields}
+        def part(name: str, kind: Any) -> dict[str, Any]:
+            fields = {field: tensors.get(f"round.{name}.{field}") for field in kind._fields}
             trunk = fields.get("trunk_NSH")
             stays = trunk is not None and not has_room(trunk.nbytes, device)
             return {
@@ -75,13 +61,15 @@ class Round(NamedTuple):
 
         steps = tensors.get("round.steps")
         return cls(
-            Rollouts(**part("rollouts")),
-            Measured(**part("measured")),
-            Credit(**{**part("credit"), "kl_coef": numbers["kl_coef"]}),
+            Rollouts(**part("rollouts", Rollouts)),
+            Measured(**part("measured", Measured)),
+            credit(**{**part("credit", credit), **numbers["credit"]}),
             numbers["first_step"],
             numbers["metrics"],
             [] if steps is None else list(steps.to(device)),
         )
 
 
-_PARTS: dict[str, Any] = {"rollouts": Rollouts, "measured": Measured, "credit": Credit}
+def rows_of(record: Any, rows: Tensor) -> Any:
+    """The given rows of a record of tensors; its plain numbers as they are."""
+    return record._make(value[rows] if isinstance(value, Tensor) else value for value in record)
