@@ -88,6 +88,20 @@ def test_quickstart_is_the_packaged_recipe_with_rounds_and_seed(recipes, calls):
     assert changed.reward.training.seed == plain.reward.training.seed == 7
 
 
+def test_a_packaged_recipe_ends_with_what_to_do_next(recipes, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("quickstart", "--out", "q").stdout == "", "nothing was left there"
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "report.html").touch()
+    for arguments in (["quickstart"], ["train", "quickstart"]):
+        said = invoke(*arguments, "--out", "q").stdout
+        assert "open q/report.html" in said
+        assert "solotune export q --merge DIR" in said
+        assert '"Your own reward"' in said
+    (tmp_path / "mine.yaml").write_text((recipes / "quickstart.yaml").read_text())
+    assert invoke("train", "mine.yaml", "--out", "q").stdout == ""
+
+
 def test_reward_trains_the_reward_model(recipes, calls):
     result = invoke("reward", "quickstart", "--set", "reward.training.epochs=2")
     assert result.exit_code == 0

@@ -1,5 +1,6 @@
 """The `solotune` command: it parses, calls and prints. What takes long to import is imported by the command itself."""
 
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -8,10 +9,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from solotune.cleaning import visible
 from solotune.config import Recipe, StepPlan, describe_steps, parse_override
 from solotune.config.values import nearest
 from solotune.errors import ConfigError, SolotuneError
-from solotune.runs.cleaning import visible
 
 STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
 
@@ -71,11 +72,16 @@ def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, out: Path | None, resume: bool) -> None:
+def _run(recipe: Recipe, out: Path | None, resume: bool, is_packaged: bool = False) -> None:
     from solotune.runs.start import run_recipe
 
     train = recipe.config.train
-    run_recipe(recipe, out or Path(train.checkpoint_dir) / str(train.run_name), resume, started=STARTED)
+    folder = out or Path(train.checkpoint_dir) / str(train.run_name)
+    run_recipe(recipe, folder, resume, started=STARTED)
+    if is_packaged and (folder / "report.html").is_file():  # the first process has written it
+        typer.echo(visible(f"next: open {folder / 'report.html'}"))
+        typer.echo(visible(f"      solotune export {shlex.quote(str(folder))} --merge DIR   writes an ordinary model"))
+        typer.echo('      a reward of your own is a Python function: README, "Your own reward"')
 
 
 @app.command()
@@ -92,7 +98,7 @@ def quickstart(
         plan = describe_steps(recipe.config)
         assert isinstance(plan, StepPlan)  # the packaged recipe is one of PPO
         train.total_steps = max(train.total_steps, rounds * plan.steps_per_round)
-    _run(recipe, out, resume=False)
+    _run(recipe, out, resume=False, is_packaged=True)
 
 
 @app.command()
@@ -103,7 +109,7 @@ def train(
     out: OutOption = None,
 ) -> None:
     """Tune the model of a recipe."""
-    _run(load_recipe(recipe, overrides), out, resume)
+    _run(load_recipe(recipe, overrides), out, resume, find_recipe(recipe).parent in RECIPE_FOLDERS)
 
 
 @app.command()
@@ -113,9 +119,12 @@ def reward(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     settings = None if section is None else section.training
     if settings is None:
         raise ConfigError(f"{recipe}: reward.training is not given, so there is no reward model to train")
+    from solotune.quiet import quiet_libraries
     from solotune.rewards.training import train_reward_model
 
-    typer.echo(f"saved in {visible(train_reward_model(settings))}")
+    with quiet_libraries():
+        folder = train_reward_model(settings)
+    typer.echo(f"saved in {visible(folder)}")
 
 
 @app.command()
@@ -232,12 +241,13 @@ def export(
     merge: Annotated[Path, typer.Option("--merge", metavar="DIR", help="Where the merged model is written.")],
 ) -> None:
     """Write a run's tuned model as one ordinary model, its adapter merged in."""
-    import transformers
-
     from solotune.models.export import merge_adapter
+    from solotune.progress import phase_progress
+    from solotune.quiet import quiet_libraries
 
-    transformers.utils.logging.disable_progress_bar()
-    typer.echo(f"saved in {visible(merge_adapter(run, merge))}")
+    with quiet_libraries(), phase_progress("merging the adapter into its model"):
+        merged = merge_adapter(run, merge)
+    typer.echo(f"saved in {visible(merged)}")
 
 
 def _say_version(wanted: bool) -> None:

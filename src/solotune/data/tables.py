@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import DataError
+from solotune.progress import phase_progress
+from solotune.quiet import quiet_datasets
 
 Row = str | dict[str, Any]
 
@@ -70,7 +72,8 @@ def _read_dataset(name: str, split: str) -> list[Row]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        with quiet_datasets(), phase_progress(f"loading the data set {name}"):
+            dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen classes; each has one meaning for the caller
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -66,7 +66,7 @@ def build_policy(
         ModelError: the model is not found, has no safetensors, has too few blocks, or the adapter does not fit.
     """
     model = config.model
-    lm = _empty_model(model, meta_dtype) if meta else _load(model, _dtype(model, device), device)
+    lm = _empty_model(model, meta_dtype) if meta else _load(model, dtype_of(model, device), device)
     decoder = Decoder(lm)
     check_block_count(model.num_layers_unfrozen, decoder)
     value_branch = _value_branch(config, decoder)
@@ -150,7 +150,7 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     return tokenizer
 
 
-def _dtype(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
+def dtype_of(model: ModelConfig, device: torch.device | str) -> torch.dtype | str:
     """What the frozen weights are kept in: bf16 on CUDA, fp32 on a CPU, or what `model_extra_configs.dtype` says.
 
     `bfloat16_if_native` is bf16 where the processor multiplies it in hardware: elsewhere it is emulated, far slower.

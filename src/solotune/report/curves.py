@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from solotune.cleaning import one_line
 from solotune.errors import DataError
 from solotune.models.tree import format_bytes
 from solotune.report.reading import Run, number, read_run
-from solotune.runs.cleaning import one_line
 
 # Drawn in these colours, then replaced by the page's: matplotlib knows no CSS variables.
 INK, GRID, FIRST, SECOND = "#010203", "#040506", "#070809", "#0a0b0c"

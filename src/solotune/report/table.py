@@ -5,9 +5,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from solotune.cleaning import one_line
 from solotune.errors import DataError
 from solotune.report.reading import by_prompt, mean, pair_up
-from solotune.runs.cleaning import one_line
 
 
 def before_after_table(before: list[dict[str, Any]], after: list[dict[str, Any]], rows: int) -> Table:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
@@ -27,6 +25,7 @@ from solotune.data.assets import build_once, cache_dir
 from solotune.data.ratings import Pairs, Ratings, Split, load_feedback, split
 from solotune.errors import ConfigError, DataError, ModelError
 from solotune.models.products import use_fastest_products
+from solotune.progress import phase_progress, show, tracked
 from solotune.rewards.base import fingerprint, load_base
 from solotune.rewards.batching import logits, pad, pad_id_of, tokenize
 from solotune.rewards.card import CARD_FILE, card_table, read_card, write_card
@@ -68,18 +67,9 @@ def train_reward_model(cfg: "RewardTrainingConfig", device: str | torch.device |
         ModelError: the base model cannot be loaded, or training went to NaN.
         ConfigError: `output_dir` holds something else.
     """
-    feedback = load_feedback(
-        cfg.data,
-        cfg.objective,
-        text_column=cfg.text_column,
-        rating_column=cfg.rating_column,
-        low=cfg.rating_min,
-        high=cfg.rating_max,
-        chosen_column=cfg.chosen_column,
-        rejected_column=cfg.rejected_column,
-    )
+    feedback = feedback_of(cfg)
     identity = fingerprint(cfg, feedback)
-    folder = Path(cfg.output_dir) if cfg.output_dir else cache_dir() / "reward-models" / identity[:16]
+    folder = folder_of(cfg, identity)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if folder.exists() and (not (folder / CARD_FILE).is_file() or read_card(folder)["fingerprint"] != identity):
@@ -91,8 +81,27 @@ def train_reward_model(cfg: "RewardTrainingConfig", device: str | torch.device |
         logger.info("reusing the reward model in %s", folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     build_once(folder, lambda temporary: _train(cfg, feedback, device, identity, temporary))
-    Console(stderr=True).print(card_table(read_card(folder)))
+    show(card_table(read_card(folder)))
     return folder
+
+
+def feedback_of(cfg: "RewardTrainingConfig") -> Ratings | Pairs:
+    """What a training learns from."""
+    return load_feedback(
+        cfg.data,
+        cfg.objective,
+        text_column=cfg.text_column,
+        rating_column=cfg.rating_column,
+        low=cfg.rating_min,
+        high=cfg.rating_max,
+        chosen_column=cfg.chosen_column,
+        rejected_column=cfg.rejected_column,
+    )
+
+
+def folder_of(cfg: "RewardTrainingConfig", identity: str) -> Path:
+    """Where the reward model of a training is kept."""
+    return Path(cfg.output_dir) if cfg.output_dir else cache_dir() / "reward-models" / identity[:16]
 
 
 def _train(
@@ -100,21 +109,23 @@ def _train(
 ) -> None:
     started = time.perf_counter()
     parts = split(feedback.groups(), cfg.holdout, cfg.seed)
-    logger.info("training a reward model on %d rows, %d held out", len(parts.train), len(parts.heldout))
+    n_rows = min(len(parts.train), cfg.max_rows or len(parts.train))
+    logger.info("training a reward model on %d rows, %d held out", n_rows, len(parts.heldout))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         use_fastest_products(device)
         torch.manual_seed(cfg.seed)
-        model, tokenizer = load_base(cfg.base, device)
+        model, tokenizer = load_base(cfg.base, device, cfg.num_layers_unfrozen)
         if isinstance(feedback, Pairs):
             tokenizer.truncation_side = "left"  # the two differ at the end
         _fit(model, tokenizer, feedback, parts.train, cfg)
     offset = 0.0
-    if cfg.objective == "pairs":
-        offset = _calibrate(model, tokenizer, feedback, parts.train, cfg)
-    heldout = _evaluate(model, tokenizer, feedback, parts, cfg, offset)
+    with phase_progress(f"reward model: scoring {len(parts.heldout):,} held-out rows"):
+        if cfg.objective == "pairs":
+            offset = _calibrate(model, tokenizer, feedback, parts.train, cfg)
+        heldout = _evaluate(model, tokenizer, feedback, parts, cfg, offset)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_card(folder, cfg, identity, offset, heldout, len(parts.train), time.perf_counter() - started)
+    write_card(folder, cfg, identity, offset, heldout, n_rows, time.perf_counter() - started)
 
 
 def _fit(
@@ -125,14 +136,13 @@ def _fit(
     cfg: "RewardTrainingConfig",
 ) -> None:
     rng = random.Random(cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    epochs = [_examples(feedback, indices, cfg, rng) for _ in range(cfg.epochs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    epochs = [_examples(feedback, _drawn(indices, cfg, rng), cfg, rng) for _ in range(cfg.epochs)]
     batches = [batch for epoch in epochs for batch in _batches(epoch, tokenizer, cfg, rng)]
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * len(batches)), len(batches))
     model.train()
-    console = Console(stderr=True)
-    steps = track(batches, "reward model", console=console, transient=True, disable=not console.is_terminal)
-    for step, (rows, labels) in enumerate(steps):
+    for step, (rows, labels) in enumerate(tracked(batches, "reward model")):
         label_B = torch.tensor(labels, device=model.device)
         scores_PB = model(**pad(rows, pad_id_of(tokenizer), model.device)).logits[:, 0].float().view(-1, len(labels))
         margin_B = scores_PB[0] - scores_PB[1] if len(scores_PB) == 2 else scores_PB[0]
@@ -144,10 +154,15 @@ def _fit(
             )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def _drawn(indices: Sequence[int], cfg: "RewardTrainingConfig", rng: random.Random) -> Sequence[int]:
+    is_more = cfg.max_rows is not None and len(indices) > cfg.max_rows
+    return rng.sample(indices, cfg.max_rows) if is_more else indices
 
 
 def _examples(

@@ -6,11 +6,12 @@ import logging
 
 from solotune.errors import SolotuneError
 from solotune.models.tree import format_bytes, parameter_tree
+from solotune.progress import phase_progress
 from solotune.report.page import write_report
 from solotune.report.reading import read_run
 from solotune.report.table import before_after_table
 from solotune.runs.clock import peak_memory_bytes
-from solotune.runs.console import console, say
+from solotune.runs.console import say, show
 from solotune.runs.folder import RunFolder
 from solotune.trainers.base import Trainer
 
@@ -28,7 +29,8 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
     assert after is not None
     with clock.phase("save"):
         is_adapter = hasattr(trainer.model.backbone, "peft_config")
-        with run.whole("adapter" if is_adapter else "model") as folder:
+        name = "adapter" if is_adapter else "model"
+        with run.whole(name) as folder, phase_progress(f"saving the {name}", expected=0.0):
             trainer.save_pretrained(folder)
     tree = parameter_tree(trainer.model.backbone, trainer.model.critic)
     summary = {
@@ -51,14 +53,15 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
     run.write_json("summary.json", summary)
     samples, changes = (before.samples, after.samples), {"reward": (before.reward, after.reward)}
     try:
-        page = f"see {write_report(run.path)}"
+        with phase_progress("writing the page", expected=0.0):
+            page = f"see {write_report(run.path)}"
         if (shown := read_run(run.path)).sweep and len(shown.before) == len(shown.after):
             samples = shown.before, shown.after
             changes = {f"reward at {setting}": change for setting, change in shown.sweep.items()}
     except SolotuneError as error:  # the tuned model is saved: no reason to end as a run that failed
         log.warning("%s", error)
         page = "there is no page of it"
-    console.print(before_after_table(*samples, rows=8))
+    show(before_after_table(*samples, rows=8))
     label, _ = trainer.eval_settings[0]
     changes |= {f"{name}{label}": (before.metrics.get(name), value) for name, value in after.metrics.items()}
     told = [f"{name} {a:.3f} -> {b:.3f}" for name, (a, b) in changes.items() if a is not None and b is not None]

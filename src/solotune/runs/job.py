@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
 from accelerate import Accelerator
 
 from solotune.config import DataConfig, MethodConfig, Recipe, RewardConfig, TRLConfig, defaults
@@ -21,12 +20,14 @@ from solotune.data.prompts import Prompts, cut, encode, fitting, load_eval_promp
 from solotune.data.samples import load_samples
 from solotune.errors import ConfigError
 from solotune.models.loading import build_policy, load_tokenizer
+from solotune.progress import phase_progress
 from solotune.rewards import build_reward
 from solotune.rewards.guard import OnError
 from solotune.runs import tracking
 from solotune.runs.clock import Clock
-from solotune.runs.console import show_logs
+from solotune.runs.console import say, show_logs
 from solotune.runs.folder import RunFolder
+from solotune.trainers.estimate import first_line, time_line
 from solotune.trainers.learner import DDP
 from solotune.trainers.optim import build_optimizer, build_scheduler
 from solotune.trainers.registry import get_pipeline
@@ -116,11 +117,10 @@ class Job:
 
 
 class Machine(NamedTuple):
-    """What a job runs on, and the tokenizer that its texts are read with."""
+    """What a job runs on."""
 
     accelerator: Accelerator
     clock: Clock
-    tokenizer: Any
 
     @classmethod
     def of(cls, config: TRLConfig, out: Path, started: float | None = None) -> Machine:
@@ -131,9 +131,7 @@ class Machine(NamedTuple):
             kwargs_handlers=[DDP],
         )
         show_logs(logging.INFO if accelerator.is_main_process else logging.WARNING)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        return cls(accelerator, Clock(accelerator.device, started), load_tokenizer(config.tokenizer))
+        return cls(accelerator, Clock(accelerator.device, started))
 
     def batch(self, config: TRLConfig) -> int:
         """Samples of an optimizer step, of all processes."""
@@ -141,22 +139,33 @@ class Machine(NamedTuple):
 
 
 def job_of_recipe(recipe: Recipe, out: Path, resume: bool, machine: Machine) -> Job:
-    """Read a recipe's data, and build (or train) its reward.
+    """Read a recipe's data, and build (or train) its reward; first how long it all will take is said.
 
     Raises:
         ConfigError, DataError, ModelError: what does not fit the model is said before a reward model is trained.
     """
-    config, accelerator, tokenizer = recipe.config, machine.accelerator, machine.tokenizer
+    config, accelerator = recipe.config, machine.accelerator
+    is_estimated = resume or not accelerator.is_main_process or accelerator.num_processes > 1
+    if not is_estimated:
+        line, is_estimated = first_line(recipe, accelerator.device)
+        if line is not None:
+            say(line)
+    tokenizer = load_tokenizer(config.tokenizer)
     if config.method.samples_itself:
-        given = Given(prompts=_fitting(load_prompts(recipe.data), recipe, tokenizer))
+        with phase_progress("reading the prompts"):
+            given = Given(prompts=_fitting(load_prompts(recipe.data), recipe, tokenizer))
     else:
-        given = given_samples(config.method, *load_samples(recipe.data))
+        with phase_progress("reading the samples"):
+            samples, rewards = load_samples(recipe.data)
+        given = given_samples(config.method, samples, rewards)
     if config.method.samples_itself or recipe.data.eval_prompts is not None:
         eval_prompts = _fitting(load_eval_prompts(recipe.data), recipe, tokenizer)
     else:
         eval_prompts = _prompts(config, None, tokenizer, machine.batch(config))
-    parameters = build_policy(config, meta=True).trainable_parameters()
-    build_scheduler(config.scheduler, build_optimizer(config.optimizer, parameters))
+    policy = build_policy(config, meta=True)
+    build_scheduler(config.scheduler, build_optimizer(config.optimizer, policy.trainable_parameters()))
+    if not is_estimated and (line := time_line(recipe, accelerator.device, policy)) is not None:
+        say(line)
     rewarding = Rewarding(stop_sequences=recipe.data.stop_sequences)
     with accelerator.main_process_first(), machine.clock.phase("reward_model"):
         if (asked := recipe.reward) is not None:
@@ -183,16 +192,16 @@ def job_of_call(
         given: samples; None where prompts are continued.
         prompts, eval_prompts: a script's own, or None for the defaults.
     """
-    batch = machine.batch(config)
+    batch, tokenizer = machine.batch(config), load_tokenizer(config.tokenizer)
     if given is None:
-        own = _prompts(config, prompts, machine.tokenizer, batch)
+        own = _prompts(config, prompts, tokenizer, batch)
         given = Given(prompts=own)
         if eval_prompts is None:
             evaluated = own.select(range(min(batch, len(own))))
         else:
-            evaluated = _prompts(config, eval_prompts, machine.tokenizer, batch)
+            evaluated = _prompts(config, eval_prompts, tokenizer, batch)
     else:
-        evaluated = _prompts(config, eval_prompts, machine.tokenizer, batch)
+        evaluated = _prompts(config, eval_prompts, tokenizer, batch)
     return Job(config, given, evaluated, rewarding, out, config.train.resume_from_checkpoint is not None)
 
 

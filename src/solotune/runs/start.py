@@ -18,6 +18,7 @@ from solotune.data.samples import as_list
 from solotune.errors import ConfigError
 from solotune.models.loading import versions
 from solotune.models.tree import parameter_tree
+from solotune.quiet import quiet_libraries
 from solotune.rewards.guard import OnError
 from solotune.runs import checkpoint, tracking
 from solotune.runs.console import say
@@ -31,6 +32,7 @@ from solotune.trainers.registry import get_pipeline, trainer_of
 log = logging.getLogger("solotune")
 
 
+@quiet_libraries()
 def run_recipe(
     recipe: Recipe,
     out: Path,
@@ -53,6 +55,7 @@ def run_recipe(
     return run(job_of_recipe(recipe, out, resume, machine), machine, on_round)
 
 
+@quiet_libraries()
 def train(
     model_path: Any = None,
     reward_fn: Callable[..., Any] | None = None,

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from solotune.cleaning import visible
 from solotune.config.values import nearest
-from solotune.runs.cleaning import visible
 from solotune.runs.lines import append_lines, read_lines
 
 VALUES_FILE = "SOLOTUNE_VALUES_FILE"  # that of solotune.runs.tracking, which takes seconds to import

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from solotune.runs.cleaning import one_line
+from solotune.cleaning import one_line
 from solotune.runs.console import console
 from solotune.sweep.job import Sweep
 from solotune.sweep.space import Parameter, Plan

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 
 from solotune.errors import ConfigError, RewardError
+from solotune.progress import phase_progress
 from solotune.runs import checkpoint, tracking
 from solotune.runs.clock import peak_memory_bytes
-from solotune.runs.console import round_progress
+from solotune.runs.console import Rounds, round_progress
 from solotune.runs.evaluation import Evaluation
 from solotune.runs.signals import RoundInterrupted, Stop, stop_requests
 from solotune.trainers.learner import Learner
@@ -23,8 +26,11 @@ from solotune.trainers.optim import load_scheduler
 if TYPE_CHECKING:
     from solotune.config import TRLConfig
     from solotune.config.plans import Plan
+    from solotune.rollout.settings import SamplingSettings
 
 PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
+TOLD = {"sample": "sampling", "score": "scoring", "measure": "measuring", "update": "updating"}
+"""What a round says that it is doing, by phase."""
 
 
 class Trainer(Learner, ABC):
@@ -42,10 +48,12 @@ class Trainer(Learner, ABC):
         super().__init__(config, *given, **shared)
         self.plan = plan
         self.resume_hint = "train.resume_from_checkpoint goes on from there"
+        self.progress = Rounds(plan.rounds)
         self.tokens_done = 0.0
         self.first_evaluation: Evaluation | None = None
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
+        self._saving_seconds = 0.0
         self.best_reward = -math.inf
         self.stop = Stop()
         self._untold: dict[str, Any] | None = None  # metrics and first step of a round that is done and not yet told of
@@ -76,7 +84,9 @@ class Trainer(Learner, ABC):
         else:
             self.evaluate_and_record()
         shown = self.accelerator.is_main_process
-        with stop_requests() as self.stop, round_progress(self.plan.rounds, self.rounds_done, shown) as progress:
+        after = self._evaluation_seconds or 0.0
+        rounds = round_progress(self.plan.rounds, self.rounds_done, shown, after)
+        with stop_requests() as self.stop, rounds as self.progress:
             while not self.is_over:
                 try:
                     metrics = self.train_round()
@@ -85,7 +95,7 @@ class Trainer(Learner, ABC):
                 except RewardError as error:
                     self.save_checkpoint()
                     raise RewardError(f"{error}. The state is saved: {self.resume_hint}") from error
-                progress.advance(metrics)
+                self.progress.end_round(metrics)
                 self.post_epoch_callback()
                 if on_round is not None:
                     on_round(metrics)
@@ -98,6 +108,14 @@ class Trainer(Learner, ABC):
     def is_over(self) -> bool:
         """Whether the planned steps or rounds are done; a round that ended early takes fewer steps."""
         return self.steps_done >= self.plan.total_steps or self.rounds_done >= self.plan.rounds
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of a round: its seconds are counted, and it is told what is being done."""
+        if name in TOLD:
+            self.progress.doing(TOLD[name])
+        with self.clock.phase(name):
+            yield
 
     def pause_point(self) -> None:
         """Called by a round where its state can be saved: ends the round here when a signal came.
@@ -147,7 +165,8 @@ class Trainer(Learner, ABC):
         metrics["time/round"] = sum(seconds.get(name, 0.0) for name in PHASES)
         metrics["memory/peak_bytes"] = peak_memory_bytes(self.device)
         if self.run is not None:
-            self.run.append(self.run.metrics, [{"round": self.rounds_done, "step": self.steps_done, **metrics}])
+            place = {"round": self.rounds_done, "step": self.steps_done, "time/at": time.time()}
+            self.run.append(self.run.metrics, [{**place, **metrics}])
         vf_coef = float(getattr(self.config.method, "vf_coef", 0.0))
         self.accelerator.log(tracking.round_names(metrics, vf_coef), step=self.steps_done)
         self._untold = None
@@ -156,6 +175,12 @@ class Trainer(Learner, ABC):
             if self.run is not None and self.accelerator.is_main_process:
                 checkpoint.drop_after(self.run.checkpoints, first_step, before=self.steps_done)
             self.save_checkpoint()
+
+    def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:
+        """As `Learner.evaluate`; the rounds hear how long it took."""
+        evaluation = super().evaluate(settings)
+        self.progress.evaluated(self._evaluation_seconds or 0.0)
+        return evaluation
 
     def evaluate_and_record(self) -> Evaluation:
         """Evaluate, append the samples to the run's file, keep the best model.
@@ -192,12 +217,15 @@ class Trainer(Learner, ABC):
         """Write a checkpoint, `step_N`, into a folder: what resuming needs (not with `train.save_optimizer` false), and
         in `hf_model` what PEFT or transformers load. The last `train.keep_checkpoints` in the folder are kept."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        with phase_progress("saving a checkpoint", expected=self._saving_seconds) as phase:
             optimizer = self.optimizer.optimizer if self.config.train.save_optimizer else None
             with checkpoint.writing(Path(folder), self.steps_done, self.config.train.keep_checkpoints) as aside:
                 self.save_pretrained(aside / "hf_model")
                 if optimizer is not None:
                     checkpoint.save(aside, self.steps_done, self.model, optimizer, self.state(), self.state_tensors())
+        self._saving_seconds = phase.seconds
 
     def load(self, folder: str | Path) -> None:
         """Go on from a checkpoint that `save` wrote: its `step_N` folder, or the newest in the folder it was given."""

@@ -27,22 +27,26 @@ def evaluate(
     metrics_of: Callable[[Texts], list[dict[str, float]]],
     in_memory: Callable[[Callable[[int], list[float]]], list[float]],
     measures_kl: bool = True,
+    told: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Sample every evaluation prompt once, each with random numbers of its own that are the same at every evaluation.
 
     Processes share the prompts out; every process returns the whole evaluation. `score` and `metrics_of` are called by
     every process, with no texts where it has no prompts; a score of None is no score. `in_memory` calls what it is
-    given with the rows of a pass.
+    given with the rows of a pass. `told` hears what is being done.
     """
     mine = list(range(accelerator.process_index, n_prompts, accelerator.num_processes))
     texts, kls, finishes = Texts([], [], [], {}), [], []
     if mine:
-        rollouts = sampler(mine, mine, settings)
+        told("sampling")
+        rollouts = sampler(mine, mine, settings, told)
         texts = sampler.texts(rollouts, settings.stop_strings)
         kls: list[Any] = [None] * len(mine)
         if measures_kl:
+            told("measuring")
             kls = in_memory(lambda micro_batch: _kls(policy, rollouts, settings.temperature, micro_batch))
         finishes = [FinishReason(finish).name.lower() for finish in rollouts.finish_N.tolist()]
+    told("scoring")
     rows = [
         {
             "index": index,

@@ -17,6 +17,7 @@ from solotune.errors import ConfigError, ModelError
 from solotune.models.loading import build_policy, load_tokenizer
 from solotune.models.policy import PolicyModel
 from solotune.models.products import allow_tf32_beside, use_fastest_products
+from solotune.progress import phase_progress
 from solotune.rewards.guard import OnError
 from solotune.rollout.records import Rollouts
 from solotune.rollout.settings import SamplingSettings, sweep
@@ -100,7 +101,8 @@ class Learner:
         self._room = room
         prompt_ids = [] if prompts is None else self._encode(prompts)
         eval_ids = self._encode(eval_prompts)
-        with self.clock.phase("load"):
+        main = self.accelerator.is_main_process
+        with phase_progress("loading the model", shown=main), self.clock.phase("load"):
             policy = self.build_policy()
         allow_tf32_beside(p for p in policy.parameters() if not p.requires_grad)
         self._check_vocabulary(policy)
@@ -127,6 +129,7 @@ class Learner:
             self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
         self.n_eval_prompts = len(eval_prompts)
         self.micro_batch = config.train.minibatch_size or config.train.batch_size
+        self._evaluation_seconds: float | None = None
         self.rounds_done = 0
         self.steps_done = 0
 
@@ -161,8 +164,13 @@ class Learner:
         Args:
             settings: how to sample, default `gen_kwargs` (of a sweep, its first value).
         """
-        with self.clock.phase("evaluate"):
-            return evaluate(
+        count, shown = self.n_eval_prompts, self.accelerator.is_main_process
+        name = f"evaluating {count:,} sample{'' if count == 1 else 's'}"
+        with (
+            phase_progress(name, expected=self._evaluation_seconds, shown=shown) as phase,
+            self.clock.phase("evaluate"),
+        ):
+            evaluation = evaluate(
                 self.accelerator,
                 self.policy,
                 self._sample_eval,
@@ -172,7 +180,10 @@ class Learner:
                 lambda texts: self._scorer.metrics(texts, self.steps_done),
                 self.in_memory,
                 measures_kl=self._has_reference,
+                told=phase.doing,
             )
+        self._evaluation_seconds = phase.seconds
+        return evaluation
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter (or the whole model, where it was trained itself) and the tokenizer; PEFT or transformers

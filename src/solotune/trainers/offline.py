@@ -28,12 +28,16 @@ from solotune.data.dialogues import encode_pairs, encode_samples
 from solotune.data.prompts import Prompts
 from solotune.models.loading import load_tokenizer
 from solotune.models.offline import OfflineModel
+from solotune.progress import phase_progress
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import minibatches
 from solotune.trainers.sampling import room_for_prompts
 from solotune.trainers.trunk_cache import TrunkCache
 
 log = logging.getLogger("solotune")
+
+SAMPLES_A_SECOND = 3000
+"""That are tokenized, roughly: only to say so where it will take long."""
 
 
 class OfflineTrainer(Trainer):
@@ -64,8 +68,11 @@ class OfflineTrainer(Trainer):
         tokenizer = load_tokenizer(config.tokenizer)
         special = config.tokenizer.add_special_tokens
         encode = encode_pairs if config.model.is_seq2seq else encode_samples
-        self.samples = encode(samples, tokenizer, config.train.seq_length, special)
         accelerator = shared.get("accelerator")
+        shown = accelerator is None or accelerator.is_main_process
+        about = len(samples) / SAMPLES_A_SECOND
+        with phase_progress(f"tokenizing {len(samples):,} samples", expected=about, shown=shown):
+            self.samples = encode(samples, tokenizer, config.train.seq_length, special)
         n_processes = 1 if accelerator is None else accelerator.num_processes
         plan = config.method.plan(config.train, len(self.samples), n_processes)
         super().__init__(config, plan, reward_fn, eval_prompts, room_for_prompts(config), **shared)
@@ -94,9 +101,9 @@ class OfflineTrainer(Trainer):
     def train_round(self) -> dict[str, Any]:
         """Optimizer steps up to the next evaluation, checkpoint or end of a pass; returns their metrics."""
         first_step = self.steps_done - len(self._steps)
-        with self.clock.phase("measure"):
+        with self.phase("measure"):
             self._fill_cache()
-        with self.clock.phase("update"):
+        with self.phase("update"):
             metrics = self.update()
         self._steps = []
         self.rounds_done += 1
@@ -114,6 +121,7 @@ class OfflineTrainer(Trainer):
         while not steps or not self.plan.ends_round(self.steps_done):
             steps.append(self.optimizer_step(self.rows_at(self.steps_done)))
             self.steps_done += 1
+            self.progress.step(self.steps_done, self.plan.total_steps)
             self.after_step()
             if self.steps_done % self.plan.steps_per_pass == 0:
                 self.post_backward_callback()
@@ -172,7 +180,8 @@ class OfflineTrainer(Trainer):
             return
         folder = None if self.run is None or not self.accelerator.is_main_process else self.run.path
         cache = TrunkCache(self.samples, self.own, self._trunk_width(), model.trunk_dtype, limit * 1e9, folder)
-        self.in_memory(lambda rows: cache.fill(lambda batch: self.policy("trunk", batch.to(self.device)), rows))
+        shown = self.accelerator.is_main_process
+        self.in_memory(lambda rows: cache.fill(lambda batch: self.policy("trunk", batch.to(self.device)), rows, shown))
         self._cache = cache
 
     def _trunk_width(self) -> int:

@@ -66,21 +66,21 @@ class RFTTrainer(OnlineTrainer):
     def train_round(self) -> dict[str, Any]:
         """One growth step and its improvement steps; returns their metrics."""
         first_step = self.steps_done
-        with self.clock.phase("sample"):
+        with self.phase("sample"):
             rollouts = self.sample_rollouts()
         self.pause_point()
-        with self.clock.phase("score"):
+        with self.phase("score"):
             rollouts, texts, given = self.scored(rollouts)
             sums = [math.nan if s is None else sum(s) if isinstance(s, list) else s for s in given]
             scores_N = self._without_gaps(torch.tensor(sums, dtype=torch.float64))
         self.pause_point()
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
-        with self.clock.phase("credit"):
+        with self.phase("credit"):
             passes = self.select(rollouts, scores_N)
             metrics = self._round_metrics(rollouts, scores_N, passes)
             rollouts, passes = self._only_selected(rollouts, passes)
-        with self.clock.phase("update"):
+        with self.phase("update"):
             metrics |= self.update(rollouts, passes)
         self.rounds_done += 1
         self.tell(metrics, first_step)
@@ -94,7 +94,7 @@ class RFTTrainer(OnlineTrainer):
         first = self.rounds_done * self.n_prompts
         row_ids = [(first + prompt) * len(samples_G) + sample for prompt, sample in rows]
         groups = [first + prompt for prompt, _ in rows]
-        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings, groups)
+        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings, groups, self.progress.doing)
 
     def _without_gaps(self, scores_N: Tensor) -> Tensor:
         """A sample without a score counts as its prompt's worst, so that no other is better because of it; it is never
@@ -137,6 +137,7 @@ class RFTTrainer(OnlineTrainer):
             for places in even_batches(len(selected), n_batches, train.seed, counter)[:left]:
                 steps.append(self.optimizer_step(rollouts, selected[places].to(self.device)))
                 self.steps_done += 1
+                self.progress.doing(f"updating, {len(steps):,} steps in pass {index + 1} of {len(passes)}")
             self.post_backward_callback()
         lr = {"policy/lr": float(self.scheduler.get_last_lr()[0])}
         if not steps:

@@ -102,7 +102,7 @@ class RoundTrainer(OnlineTrainer):
         """
         if self.round is None:
             self.round = self.begin_round()
-        with self.clock.phase("update"):
+        with self.phase("update"):
             metrics = {**self.round.metrics, **self.update(self.round)}
         first_step, self.round = self.round.first_step, None
         self.rounds_done += 1
@@ -111,18 +111,18 @@ class RoundTrainer(OnlineTrainer):
 
     def begin_round(self) -> Round:
         """Sample, score, measure, credit."""
-        with self.clock.phase("sample"):
+        with self.phase("sample"):
             rollouts = self.sample_rollouts()
         self.pause_point()
-        with self.clock.phase("score"):
+        with self.phase("score"):
             rollouts, texts, given = self.scored(rollouts)
             scores = self._as_tensor(given, rollouts)
         if self.rollout_log is not None:
             self.rollout_log.write(rollouts, texts, given)
-        with self.clock.phase("measure"):
+        with self.phase("measure"):
             measured = self.measure(rollouts)
         self.pause_point()
-        with self.clock.phase("credit"):
+        with self.phase("credit"):
             credit = self.credit(rollouts, scores, measured)
             metrics = self.round_metrics(rollouts, scores, measured, credit)
             self.after_credit(metrics)
@@ -134,7 +134,8 @@ class RoundTrainer(OnlineTrainer):
         n = self.plan.rollouts
         first = self.prompts_taken + self.accelerator.process_index * n
         positions = range(first, first + n)
-        return self.sampled([self.order[position] for position in positions], positions, self.rollout_settings)
+        chosen = [self.order[position] for position in positions]
+        return self.sampled(chosen, positions, self.rollout_settings, told=self.progress.doing)
 
     @torch.no_grad()
     def measure(self, rollouts: Rollouts) -> Measured:
@@ -167,6 +168,7 @@ class RoundTrainer(OnlineTrainer):
             for rows in todo:
                 steps.append(self.optimizer_step(this.rollouts, this.measured, this.credit, rows))
                 self.steps_done += 1
+                self.progress.doing(f"updating, step {len(steps):,} of {self.plan.steps_per_round:,}")
                 self.pause_point()
             if todo:
                 self.post_backward_callback()

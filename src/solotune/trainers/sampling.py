@@ -128,12 +128,14 @@ class PromptSampler:
         row_ids: Sequence[int],
         settings: SamplingSettings,
         groups: Sequence[int] | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> Rollouts:
         """One response for each index.
 
         Args:
             row_ids: name the rows' random streams.
             groups: which rows belong together; default each to itself.
+            told: hears of each chunk.
         """
         task = "generate" if settings.other else "sample"
         rows = list(zip(prompt_indices, row_ids, strict=True))
@@ -155,6 +157,8 @@ class PromptSampler:
             if not parts and part.trunk_NSH is not None:
                 on_host = not has_room(part.trunk_NSH.nbytes * len(rows) / len(chunk), self._device)
             parts.append(part.with_trunk_on_host() if on_host else part)
+            if told is not None and first + len(chunk) < len(rows):
+                told(f"sampling, {first + len(chunk):,} of {len(rows):,}")
         group_N = torch.tensor(list(row_ids if groups is None else groups), device=self._device)
         return concatenate(parts, self._tokenizer.pad_token_id)._replace(group_N=group_N)
 

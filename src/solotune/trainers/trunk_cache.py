@@ -19,6 +19,7 @@ from solotune.data.batches import Batch, collate
 from solotune.data.dialogues import Samples
 from solotune.errors import ConfigError
 from solotune.models.tree import format_bytes
+from solotune.progress import Phase, phase_progress
 
 log = logging.getLogger("solotune")
 
@@ -72,16 +73,22 @@ class TrunkCache:
     def nbytes(self) -> int:
         return self._flat_MH.nbytes
 
-    def fill(self, trunk_of: Callable[[Batch], Tensor], rows: int) -> None:
+    def fill(self, trunk_of: Callable[[Batch], Tensor], rows: int, shown: bool = False) -> None:
         """Compute all of it, so many samples at a time.
 
         Args:
             trunk_of: what the trunk makes of a batch's positions, (M, H).
+            shown: say how far it is.
         """
+        with phase_progress("frozen trunk", len(self._by_length), "samples", shown=shown) as phase:
+            self._fill(trunk_of, rows, phase)
+
+    def _fill(self, trunk_of: Callable[[Batch], Tensor], rows: int, phase: Phase) -> None:
         for first in range(0, len(self._by_length), rows):
             chosen = self._by_length[first : first + rows]
             start, end = self._spans[chosen[0]].start, self._spans[chosen[-1]].stop
             self._flat_MH[start:end] = trunk_of(collate(self._samples, chosen)).to(self._flat_MH.device)
+            phase.advance(len(chosen))
 
     def of(self, chosen: Sequence[int]) -> Tensor:
         """The trunk's output of the samples at `chosen`, one behind the other, (M, H)."""

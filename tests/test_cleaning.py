@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from solotune.runs.cleaning import one_line, visible
+from solotune.cleaning import one_line, visible
 
 
 def test_nothing_that_acts_is_left_of_any_character():
