@@ -44,7 +44,7 @@ def calls(monkeypatch) -> list[tuple]:
 
     recorded = Calls()
     for module, name in (
-        ("solotune.trainers.run", "run_recipe"),
+        ("solotune.runs.start", "run_recipe"),
         ("solotune.rewards.training", "train_reward_model"),
         ("solotune.report.page", "write_report"),
     ):

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from solotune.cleaning import visible
 from solotune.config import Recipe, StepPlan, describe_steps, parse_override
+from solotune.config.values import nearest
 from solotune.errors import ConfigError, SolotuneError
-from solotune.report.cleaning import visible
-from solotune.validation import nearest
 
 STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
 
@@ -73,7 +73,7 @@ def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
 
 
 def _run(recipe: Recipe, out: Path | None, resume: bool, is_packaged: bool = False) -> None:
-    from solotune.trainers.run import run_recipe
+    from solotune.runs.start import run_recipe
 
     train = recipe.config.train
     folder = out or Path(train.checkpoint_dir) / str(train.run_name)
@@ -216,9 +216,10 @@ def sweep(
     server_address: Annotated[str | None, typer.Option("--server_address", hidden=True)] = None,
 ) -> None:
     """Search for settings: run a trlX script's main(hparams), or a recipe, with many. Goes on where it was stopped."""
+    from solotune.runs.console import show_logs
+    from solotune.sweep.job import Sweep
     from solotune.sweep.space import read_plan
-    from solotune.sweep.study import Sweep, run_sweep
-    from solotune.trainers.console import show_logs
+    from solotune.sweep.study import run_sweep
 
     show_logs()
     if target.endswith(".py") and not Path(target).is_file():
