@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         default_ilql_config,
         default_ppo_config,
         default_sft_config,
+        quickstart_config,
     )
     from solotune.runs.start import train
 
@@ -50,6 +51,7 @@ __all__ = [
     "default_ilql_config",
     "default_ppo_config",
     "default_sft_config",
+    "quickstart_config",
     "train",
 ]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from solotune.cli import RECIPE_FOLDERS, app
+from solotune.cli import app
 from solotune.config import Recipe
+from solotune.config.packaged import RECIPE_FOLDERS
 from solotune.runs.folder import read_lines
 from tests.rewards.words import bert_config, save, word_tokenizer
 from tests.tiny import save_tiny

@@ -13,6 +13,7 @@ from solotune.config.methods.ilql import ILQLConfig
 from solotune.config.methods.ppo import PPOConfig
 from solotune.config.methods.rft import RFTConfig
 from solotune.config.methods.sft import SFTConfig
+from solotune.config.packaged import quickstart_config
 from solotune.config.plans import StepPlan
 from solotune.config.recipe import Recipe, parse_override
 from solotune.config.sections import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
@@ -42,5 +43,6 @@ __all__ = [
     "describe_steps",
     "get_method",
     "parse_override",
+    "quickstart_config",
     "register_method",
 ]

@@ -39,7 +39,7 @@ def evaluate(
     texts, kls, finishes = Texts([], [], [], {}), [], []
     if mine:
         told("sampling")
-        rollouts = sampler(mine, mine, settings, told)
+        rollouts = sampler(mine, mine, settings, told=told)
         texts = sampler.texts(rollouts, settings.stop_strings)
         kls: list[Any] = [None] * len(mine)
         if measures_kl:
