@@ -1,8 +1,8 @@
 """Frozen fp32 weights laid out anew for a CPU with AVX2 alone, where a product spends half of its time on doing so.
 
 Every product with a weight first copies it, piece by piece, into the order its kernel reads. With few rows that takes
-as long as the arithmetic: the head of a small model (49,152 tokens) multiplies 64 rows at 40 GFLOP/s on two cores of an
-EPYC of the third generation, and at 105 where the weight lies in oneDNN's own order already; a block's matrices gain
+as long as the arithmetic: the head of a small model (49,152 tokens) multiplies 64 rows at 38 GFLOP/s on two cores of an
+EPYC of the third generation, and at 100 where the weight lies in oneDNN's own order already; a block's matrices gain
 1.1 to 1.5 times (`python benchmarks/packing.py`). A frozen weight never changes, so it is laid out once.
 
 The copies are used within the passes of a `PolicyModel` alone: whoever calls the model, merges into it or saves it from
