@@ -8,7 +8,6 @@ Shapes: N rollouts, P tokens of a padded prompt, T of a response, S = P + T - 1 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,8 +129,8 @@ def evaluation(config: TRLConfig, weights: Weights, n_samples: int, prompt_width
 def n_evaluations(config: TRLConfig) -> int:
     """How often a run of PPO evaluates: before the first round, where `eval_interval` is crossed, at the end."""
     plan: Any = describe_steps(config)
-    crossed = math.ceil(plan.total_steps / config.train.eval_interval) - 1
-    return 2 + min(crossed, plan.rounds - 1)
+    before_the_last = plan.rounds - 1
+    return 2 + min(before_the_last, before_the_last * plan.steps_per_round // config.train.eval_interval)
 
 
 def reward_training(weights: int, rows: int, tokens: float, epochs: int) -> float:
