@@ -4,12 +4,13 @@ A round that computes the trunk once cannot do without these: the products of sa
 and the head, of measuring policy and reference in the top blocks, and of the updates in the top blocks, forward and
 backward. Norms, activations, softmax, sampling, losses and the optimizer are left out, and so is recomputation.
 Every block has weights of its own, so that they come from memory as the model's do. They are made by the library that
-solotune would take here, MKL or oneDNN.
+solotune would take here, MKL or oneDNN, and with copies of frozen weights where it would make them.
 
 N is positions, H width, F the feed-forward width, V vocabulary, R the LoRA rank, and an attention operand is
 (rows, heads, positions, head size).
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from worker import RoundClock, Worker, arguments
 
+from solotune.models.packed import PackedWeights, gains_by_packing
 from solotune.models.products import use_fastest_products
 
 OUTPUT_PROJECTION = 3  # its place among a block's four attention projections
@@ -54,10 +56,18 @@ class Products:
         positions = max(shape.rollouts * shape.prompt_tokens, shape.batch_size * shape.length)
         self._x_NH = random(positions, h)
         self._x_NF = random(positions, f)
+        self._packed = contextlib.nullcontext()
+        if device == "cpu" and dtype == "float32" and gains_by_packing():
+            frozen = [weight for block in reversed(self._blocks) for weight in (*block.attention, block.up, block.down)]
+            self._packed = PackedWeights([self._head_VH, *frozen])
         self._heads = random(shape.rollouts, shape.heads, shape.length, h // shape.heads)
 
     @torch.no_grad()
     def play_round(self) -> dict:
+        with self._packed:
+            return self._play_round()
+
+    def _play_round(self) -> dict:
         self._clock.start()
         with self._clock.phase("sample"):
             self._sample()

@@ -355,6 +355,8 @@ class RewardTrainingConfig(Section):
     """A reward model learned from human ratings or from pairs of chosen and rejected texts.
 
     holdout: texts kept back for the report. rating_min, rating_max: the ratings' range, mapped to 0 .. 1.
+    num_layers_unfrozen: blocks of the base that learn, the last ones; -1: all of it, embeddings included.
+    max_rows: at most so many rows are learned from in a pass, drawn at random.
     """
 
     SECTION: ClassVar[str] = "reward.training"
@@ -367,6 +369,8 @@ class RewardTrainingConfig(Section):
     lr: PositiveReal = 5e-5
     holdout: PositiveInt = 1000
     max_length: PositiveInt = 64
+    num_layers_unfrozen: int = -1
+    max_rows: PositiveInt | None = None
     rating_min: Real = -4.0
     rating_max: Real = 4.0
     seed: CountInt = 0
@@ -377,6 +381,11 @@ class RewardTrainingConfig(Section):
     rejected_column: str = "rejected"
 
     def check(self) -> None:
+        if self.num_layers_unfrozen < 1 and self.num_layers_unfrozen != -1:
+            raise ConfigError(
+                f"reward.training.num_layers_unfrozen = {self.num_layers_unfrozen}: must be 1 or more blocks, or -1: "
+                "all of them"
+            )
         if self.rating_min >= self.rating_max:
             raise ConfigError(
                 f"reward.training.rating_min = {self.rating_min}: must be less than reward.training.rating_max, "

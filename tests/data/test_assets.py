@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from solotune.data import assets, film_snippets
+from solotune.data import assets, fetching, film_snippets
 from solotune.data.assets import build_once, cache_dir, resolve
 from solotune.errors import DataError, MissingExtraError
 
@@ -27,7 +27,7 @@ def test_other_names_are_left_alone():
 
 
 def test_an_unknown_asset_lists_the_known_ones():
-    with pytest.raises(DataError, match=r"asset:gemma.*asset:film-snippets.*asset:gemma-3-270m.*asset:minilm-l6"):
+    with pytest.raises(DataError, match=r"asset:gemma'.*asset:film.*asset:gemma-3.*asset:minilm-l6.*asset:smollm2"):
         resolve("asset:gemma")
 
 
@@ -46,9 +46,9 @@ def test_a_missing_package_names_the_extra(monkeypatch, cache):
     def absent(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(assets.importlib, "import_module", absent)
-    for name in ("asset:minilm-l6", "asset:gemma-3-270m"):
-        with pytest.raises(MissingExtraError, match=r"solotune\[quickstart\]"):
+    monkeypatch.setattr(fetching.importlib, "import_module", absent)
+    for name, extra in (("asset:minilm-l6", "quickstart"), ("asset:gemma-3-270m", "gemma")):
+        with pytest.raises(MissingExtraError, match=rf"solotune\[{extra}\]"):
             resolve(name)
     assert not list(cache.rglob("gemma*"))
 
@@ -113,6 +113,10 @@ SNIPPETS = {
 }
 
 
+def expect(monkeypatch, sha256: str) -> None:
+    monkeypatch.setattr(film_snippets, "ARCHIVE", film_snippets.ARCHIVE._replace(sha256=sha256))
+
+
 @pytest.fixture
 def index(monkeypatch, cache):
     """pip that gives the archive it is told to, or says what it is told to."""
@@ -128,8 +132,8 @@ def index(monkeypatch, cache):
             file.write(gives["archive"])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(film_snippets.subprocess, "run", run)
-    monkeypatch.setattr(film_snippets, "ARCHIVE_SHA256", hashlib.sha256(gives["archive"]).hexdigest())
+    monkeypatch.setattr(fetching.subprocess, "run", run)
+    expect(monkeypatch, hashlib.sha256(gives["archive"]).hexdigest())
     return gives
 
 
@@ -145,7 +149,7 @@ def test_snippets_are_fetched_once_and_cleaned(index, tmp_path):
 
 
 def test_another_archive_is_refused_with_both_hashes(index, cache):
-    expected = film_snippets.ARCHIVE_SHA256
+    expected = film_snippets.ARCHIVE.sha256
     index["archive"] = archive_of({**SNIPPETS, "more": b"x"})
     found = hashlib.sha256(index["archive"]).hexdigest()
     with pytest.raises(DataError, match=f"{found}.*{expected}"):
@@ -169,7 +173,7 @@ def test_when_pip_fails_the_message_says_what_to_do(index, pip_says, we_say):
 
 def test_an_archive_without_the_snippets_is_an_error(index, monkeypatch):
     index["archive"] = archive_of({"hutto_ICWSM_2014/other.txt": b""})
-    monkeypatch.setattr(film_snippets, "ARCHIVE_SHA256", hashlib.sha256(index["archive"]).hexdigest())
+    expect(monkeypatch, hashlib.sha256(index["archive"]).hexdigest())
     with pytest.raises(DataError, match=r"lacks .*movieReviewSnippets"):
         resolve("asset:film-snippets")
 

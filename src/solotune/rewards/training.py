@@ -109,11 +109,12 @@ def _train(
 ) -> None:
     started = time.perf_counter()
     parts = split(feedback.groups(), cfg.holdout, cfg.seed)
-    logger.info("training a reward model on %d rows, %d held out", len(parts.train), len(parts.heldout))
+    n_rows = min(len(parts.train), cfg.max_rows or len(parts.train))
+    logger.info("training a reward model on %d rows, %d held out", n_rows, len(parts.heldout))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         use_fastest_products(device)
         torch.manual_seed(cfg.seed)
-        model, tokenizer = load_base(cfg.base, device)
+        model, tokenizer = load_base(cfg.base, device, cfg.num_layers_unfrozen)
         if isinstance(feedback, Pairs):
             tokenizer.truncation_side = "left"  # the two differ at the end
         _fit(model, tokenizer, feedback, parts.train, cfg)
@@ -124,7 +125,7 @@ def _train(
         heldout = _evaluate(model, tokenizer, feedback, parts, cfg, offset)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_card(folder, cfg, identity, offset, heldout, len(parts.train), time.perf_counter() - started)
+    write_card(folder, cfg, identity, offset, heldout, n_rows, time.perf_counter() - started)
 
 
 def _fit(
@@ -135,8 +136,9 @@ def _fit(
     cfg: "RewardTrainingConfig",
 ) -> None:
     rng = random.Random(cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    epochs = [_examples(feedback, indices, cfg, rng) for _ in range(cfg.epochs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    epochs = [_examples(feedback, _drawn(indices, cfg, rng), cfg, rng) for _ in range(cfg.epochs)]
     batches = [batch for epoch in epochs for batch in _batches(epoch, tokenizer, cfg, rng)]
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * len(batches)), len(batches))
     model.train()
@@ -152,10 +154,15 @@ def _fit(
             )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def _drawn(indices: Sequence[int], cfg: "RewardTrainingConfig", rng: random.Random) -> Sequence[int]:
+    is_more = cfg.max_rows is not None and len(indices) > cfg.max_rows
+    return rng.sample(indices, cfg.max_rows) if is_more else indices
 
 
 def _examples(
