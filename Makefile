@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test soak learn check lint types format clean
+.PHONY: quickstart test soak learn check lint types imports format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +26,7 @@ soak: $(INSTALLED)  ## fifty kills, all of the hostile files, five hundred round
 learn: $(INSTALLED)  ## every method on random walks, three seeds each; results and curves go into docs/
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/learning.py --out docs $(ARGS)
 
-check: lint types
+check: lint types imports
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/pyright
+
+imports: $(INSTALLED)  ## who may import whom
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -239,7 +239,7 @@ def result_of(
 
 def curve_of(trainer: Any, setting: str | None = None) -> list[tuple[int, float]]:
     """(optimizer steps, mean reward) of each evaluation, from the run's own files."""
-    from solotune.lines import read_lines
+    from solotune.runs.lines import read_lines
 
     rewards: dict[int, list[float]] = {}
     for sample in read_lines(trainer.run.samples):

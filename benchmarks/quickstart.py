@@ -20,7 +20,7 @@ from rich.table import Table
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from solotune.report.curves import write_curve_png
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 
 
 def distinct_2(outputs: list[str]) -> float:

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 import solotune.cli
-import solotune.trainers.run  # noqa: F401  imported once, for all that are forked
+import solotune.runs.start  # noqa: F401  imported once, for all that are forked
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])

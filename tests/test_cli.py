@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from solotune import cli
-from solotune.config import DataConfig, Recipe, RewardConfig, default_ppo_config
+from solotune.config import DataConfig, Recipe, RewardConfig, default_ppo_config, describe_steps, packaged
 from solotune.errors import DataError, ModelError, RewardError
 
 TRAINING = {"base": "encoder", "data": "asset:film-snippets", "seed": 7}
@@ -25,7 +25,7 @@ def recipes(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     recipe = Recipe(default_ppo_config(), DataConfig(["a"]), RewardConfig(training=TRAINING))
     recipe.save_yaml(folder / "quickstart.yaml")
-    monkeypatch.setattr(cli, "RECIPE_FOLDERS", (tmp_path / "not there", folder))
+    monkeypatch.setattr(packaged, "RECIPE_FOLDERS", (tmp_path / "not there", folder))
     return folder
 
 
@@ -44,7 +44,7 @@ def calls(monkeypatch) -> list[tuple]:
 
     recorded = Calls()
     for module, name in (
-        ("solotune.trainers.run", "run_recipe"),
+        ("solotune.runs.start", "run_recipe"),
         ("solotune.rewards.training", "train_reward_model"),
         ("solotune.report.page", "write_report"),
     ):
@@ -179,7 +179,16 @@ def test_version_is_the_package_s():
 
 def test_packaged_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.find_recipe("opt-1.3b-imdb").is_file()
+    assert packaged.find_recipe("opt-1.3b-imdb").is_file()
+
+
+def test_the_quickstarts_settings_serve_a_reward_of_ones_own():
+    import solotune
+
+    config = solotune.quickstart_config(rounds=3)
+    assert config.train.epochs == 3
+    assert config.model.model_path == config.tokenizer.tokenizer_path == "asset:smollm2-135m-instruct"
+    assert describe_steps(config).rounds == 3
 
 
 def test_tree_of_the_classic_recipe_counts_what_trains():

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from solotune.cli import app
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 from tests.tiny import tiny_ppo_config
 
 

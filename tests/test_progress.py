@@ -15,7 +15,7 @@ from rich.table import Table
 from solotune import progress
 from solotune.progress import duration, phase_progress, say, show, tracked
 from solotune.quiet import quiet_datasets, quiet_libraries
-from solotune.trainers.console import Rounds, round_progress, show_logs
+from solotune.runs.console import Rounds, round_progress, show_logs
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr("solotune.progress.time", clock)
-    monkeypatch.setattr("solotune.trainers.console.time", clock)
+    monkeypatch.setattr("solotune.runs.console.time", clock)
     return clock
 
 

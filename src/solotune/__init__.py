@@ -6,9 +6,9 @@ solotune.train("gpt2", reward_fn=lambda samples, **_: [s.count("cats") for s in 
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
+
+from solotune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from solotune.config import (
@@ -29,13 +29,9 @@ if TYPE_CHECKING:
         default_ilql_config,
         default_ppo_config,
         default_sft_config,
+        quickstart_config,
     )
-    from solotune.trainers.run import train
-
-try:
-    __version__ = _version("solotune")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0"
+    from solotune.runs.start import train
 
 __all__ = [
     "DataConfig",
@@ -55,6 +51,7 @@ __all__ = [
     "default_ilql_config",
     "default_ppo_config",
     "default_sft_config",
+    "quickstart_config",
     "train",
 ]
 
@@ -65,4 +62,4 @@ def __getattr__(name: str) -> Any:
         return import_module("solotune.compat.trlx.utils.logging")
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
-    return getattr(import_module("solotune.trainers.run" if name == "train" else "solotune.config"), name)
+    return getattr(import_module("solotune.runs.start" if name == "train" else "solotune.config"), name)

@@ -9,15 +9,12 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from solotune.cleaning import visible
 from solotune.config import Recipe, StepPlan, describe_steps, parse_override
+from solotune.config.packaged import find_recipe, is_packaged, load_recipe
 from solotune.errors import ConfigError, SolotuneError
-from solotune.report.cleaning import visible
-from solotune.validation import nearest
 
 STARTED = perf_counter()  # what follows takes seconds to import, which belong to a run's wall time
-
-# In an installed package the recipes lie beside this file, in a checkout at its root.
-RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
 
 
 class _Group(TyperGroup):
@@ -48,32 +45,8 @@ OutOption = Annotated[
 ]
 
 
-def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or the name of a packaged recipe such as `quickstart`.
-
-    Raises:
-        ConfigError: it is neither; the packaged recipes are named.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    packaged = {file.stem: file for folder in reversed(RECIPE_FOLDERS) for file in sorted(folder.glob("*.yaml"))}
-    if name in packaged:
-        return packaged[name]
-    raise ConfigError(f"no recipe {name}: neither a file nor a packaged recipe; {nearest(name, packaged)}")
-
-
-def load_recipe(name: str, overrides: list[str] | None) -> Recipe:
-    """The recipe, with the overrides, and with the name of its run: that of the file unless train.run_name is set."""
-    path = find_recipe(name)
-    recipe = Recipe.load_yaml(path, overrides or [])
-    if recipe.config.train.run_name is None:
-        recipe.config.train.run_name = path.stem
-    return recipe
-
-
 def _run(recipe: Recipe, out: Path | None, resume: bool, is_packaged: bool = False) -> None:
-    from solotune.trainers.run import run_recipe
+    from solotune.runs.start import run_recipe
 
     train = recipe.config.train
     folder = out or Path(train.checkpoint_dir) / str(train.run_name)
@@ -109,7 +82,7 @@ def train(
     out: OutOption = None,
 ) -> None:
     """Tune the model of a recipe."""
-    _run(load_recipe(recipe, overrides), out, resume, find_recipe(recipe).parent in RECIPE_FOLDERS)
+    _run(load_recipe(recipe, overrides), out, resume, is_packaged(recipe))
 
 
 @app.command()
@@ -216,9 +189,10 @@ def sweep(
     server_address: Annotated[str | None, typer.Option("--server_address", hidden=True)] = None,
 ) -> None:
     """Search for settings: run a trlX script's main(hparams), or a recipe, with many. Goes on where it was stopped."""
+    from solotune.runs.console import show_logs
+    from solotune.sweep.job import Sweep
     from solotune.sweep.space import read_plan
-    from solotune.sweep.study import Sweep, run_sweep
-    from solotune.trainers.console import show_logs
+    from solotune.sweep.study import run_sweep
 
     show_logs()
     if target.endswith(".py") and not Path(target).is_file():

@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
-from solotune.report.cleaning import one_line, visible
+from solotune.cleaning import one_line, visible
 
 T = TypeVar("T")
 LONG = 10.0

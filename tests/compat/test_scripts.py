@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from solotune.cli import app
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 from tests.compat.hub import fill_hub, save_imdb
 from tests.tiny import byte_tokenizer, import_path
 

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from solotune.errors import ModelError
+from solotune.models.critic import saved_branch_blocks
 from solotune.models.loading import build_policy
-from solotune.models.policy import saved_branch_blocks
 from tests.models.test_split import KINDS, policy_of, rollouts_of
 from tests.tiny import tiny_lm, tiny_ppo_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from solotune.cli import main
 from solotune.rewards import guard
-from solotune.trainers import checkpoint
+from solotune.runs import checkpoint
 from solotune.trainers.ppo import PPOTrainer
 from tests.forks import Ended, fork
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import solotune
 from solotune.errors import CheckpointError
-from solotune.trainers import checkpoint
+from solotune.runs import checkpoint
 from tests.tiny import tiny_ppo_config
 
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from solotune.data.prompts import Prompts
 from solotune.errors import SolotuneError
-from solotune.trainers import checkpoint
+from solotune.runs import checkpoint
+from solotune.runs.folder import RunFolder
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder
 from tests.reliability.hostile import SOAK, in_time
 from tests.tiny import tiny_ppo_config
 

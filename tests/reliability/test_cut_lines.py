@@ -8,7 +8,7 @@ import solotune
 from solotune.errors import RunFileError
 from solotune.report import write_report
 from solotune.report.reading import read_run
-from solotune.trainers.run_folder import RunFolder, read_lines
+from solotune.runs.folder import RunFolder, read_lines
 from tests.tiny import tiny_ppo_config
 
 LAST = {

@@ -14,9 +14,9 @@ import solotune
 from solotune.data.prompts import Prompts
 from solotune.errors import CheckpointError, RunFileError, SolotuneError
 from solotune.report import write_report
-from solotune.trainers import checkpoint
+from solotune.runs import checkpoint
+from solotune.runs.folder import RunFolder
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder
 from tests.reliability.faults import REASONS, failing_disk
 from tests.reliability.hostile import SOAK
 from tests.tiny import tiny_ppo_config

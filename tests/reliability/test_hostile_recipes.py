@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solotune.config import PPOConfig, Recipe, TRLConfig, describe_steps, parse_override
+from solotune.config.yaml import to_yaml
 from solotune.errors import ConfigError
-from solotune.validation import to_yaml
 from tests.reliability import hostile
 from tests.reliability.hostile import examples, in_time, refused_or
 

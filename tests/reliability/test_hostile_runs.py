@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import solotune
 from solotune.cli import app
 from solotune.errors import ConfigError, ModelError, SolotuneError
-from solotune.files import remove
 from solotune.models.export import merge_adapter
 from solotune.report import write_report
 from solotune.report.reading import read_run
-from solotune.trainers.run_folder import RunFolder
+from solotune.runs.files import remove
+from solotune.runs.folder import RunFolder
 from tests.reliability import hostile
 from tests.reliability.hostile import examples, in_time
 from tests.tiny import tiny_ppo_config

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import solotune
 from solotune.cli import app
-from solotune.trainers import console as console_module
-from solotune.trainers.console import VisibleFormatter, say
+from solotune.runs import console as console_module
+from solotune.runs.console import VisibleFormatter, say
 from tests.reliability.test_hostile_runs import ACTING, assert_inert
 from tests.tiny import tiny_ppo_config
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 from tests.reliability.dying import LAST, solotune_command
 from tests.tiny import tiny_ppo_config
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from solotune.data.prompts import Prompts
+from solotune.runs.folder import RunFolder
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder
 from tests.tiny import tiny_ppo_config
 
 FIRST, LAST = (50, 500) if os.environ.get("SOLOTUNE_SOAK") else (30, 70)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, TrainingError
+from solotune.runs.folder import RunFolder, read_lines
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder, read_lines
 from tests.tiny import tiny_ppo_config
 
 PROMPTS = Prompts(["a film", "so"])

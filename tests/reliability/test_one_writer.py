@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from solotune.errors import ConfigError
-from solotune.trainers.run_folder import RunFolder, read_lines
+from solotune.runs.folder import RunFolder, read_lines
 from tests.tiny import import_path
 
 HOLDING = """
 import pathlib, sys, time
-from solotune.trainers.run_folder import RunFolder
+from solotune.runs.folder import RunFolder
 run = RunFolder(pathlib.Path(sys.argv[1]))
 run.append(run.metrics, [{"round": 1}])
 print("holding", flush=True)

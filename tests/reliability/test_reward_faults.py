@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from solotune.data.prompts import Prompts
 from solotune.errors import RewardError
 from solotune.rewards.guard import OnError, random_numbers_of_its_own
+from solotune.runs.folder import RunFolder, read_lines
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run_folder import RunFolder, read_lines
 from tests.tiny import tiny_ppo_config
 
 PROMPTS = Prompts(["a film", "so", "the plot"])

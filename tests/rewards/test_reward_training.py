@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from solotune.config import RewardConfig, RewardTrainingConfig
 from solotune.errors import ConfigError, DataError, ModelError
 from solotune.rewards import build_reward
+from solotune.rewards.base import load_base
 from solotune.rewards.training import train_reward_model
 from tests.rewards.words import BAD, GOOD, PLAIN
 
@@ -87,6 +88,38 @@ def test_ratings_are_learned_by_either_objective_and_any_model(request, ratings,
     assert (good > 0).float().mean() > 0.9
     assert (bad < 0).float().mean() > 0.9
     torch.testing.assert_close(score(cfg, rng_texts(GOOD)), good.sigmoid())
+
+
+@pytest.mark.parametrize("base", ["encoder", "decoder"])
+def test_the_last_blocks_alone_learn_and_what_lies_below_them_stays(request, ratings, base):
+    base = request.getfixturevalue(base)
+    start, _ = load_base(base, torch.device("cpu"))
+    n_blocks = start.config.num_hidden_layers
+    folder = train_reward_model(settings(base, ratings, num_layers_unfrozen=1, max_rows=200))
+    assert card(folder)["heldout"]["sign_accuracy"] > 0.9
+    assert card(folder)["train_rows"] == 200
+    trained = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    moved = {name for name, before in start.state_dict().items() if not torch.equal(before, trained[name])}
+    blocks = [name for name in moved if any(part.isdigit() for part in name.split("."))]
+    assert blocks
+    assert all(f".{n_blocks - 1}." in name for name in blocks)
+    assert not any("embed" in name or "wte" in name or "wpe" in name for name in moved)
+    assert any("score" in name or "classifier" in name for name in moved)
+
+
+def test_more_blocks_than_there_are_is_an_error_before_anything_is_learned(encoder, ratings, cache):
+    with pytest.raises(ModelError, match=r"num_layers_unfrozen = 99: .* has \d+ blocks"):
+        train_reward_model(settings(encoder, ratings, num_layers_unfrozen=99))
+    with pytest.raises(ConfigError, match="num_layers_unfrozen = 0"):
+        settings(encoder, ratings, num_layers_unfrozen=0)
+
+
+def test_the_rows_that_are_learned_from_are_drawn_at_random(encoder, tmp_path):
+    """The file is sorted: its beginning alone would teach that everything is bad."""
+    rng = random.Random(0)
+    rows = [{"text": sentence(words, rng), "rating": r} for words, r in ((BAD, 1.5), (GOOD, 4.5)) for _ in range(300)]
+    cfg = settings(encoder, write(tmp_path / "sorted.jsonl", rows), max_rows=150)
+    assert card(train_reward_model(cfg))["heldout"]["sign_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("base", ["encoder", "decoder"])

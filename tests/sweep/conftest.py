@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from solotune.sweep import study
+from solotune.sweep.job import Sweep
 from solotune.sweep.space import read_plan
-from solotune.sweep.study import Sweep, run_sweep
+from solotune.sweep.study import run_sweep
 from tests.tiny import import_path
 
 # Notes every call, then does what a test writes behind it.

@@ -7,8 +7,8 @@ import yaml
 from typer.testing import CliRunner
 
 from solotune.cli import app
-from solotune.trainers.run_folder import read_lines
-from solotune.trainers.tracking import VALUES_FILE
+from solotune.runs.folder import read_lines
+from solotune.runs.tracking import VALUES_FILE
 from tests.sweep.test_study import wait_for
 from tests.tiny import tiny_ppo_config
 

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import solotune
 from solotune.cli import app
+from solotune.config.plans import plan_passes
 from solotune.data.prompts import Prompts
 from solotune.data.samples import load_samples
 from solotune.errors import ConfigError, DataError
-from solotune.plans import plan_passes
-from solotune.trainers.checkpoint import saved
+from solotune.runs.checkpoint import saved
+from solotune.runs.folder import RunFolder, read_lines
 from solotune.trainers.ilql import ILQLTrainer
-from solotune.trainers.run_folder import RunFolder, read_lines
 from solotune.trainers.sft import SFTTrainer
 from tests.tiny import EOS, PAD, tiny_offline_config
 
@@ -86,9 +86,9 @@ def test_every_pass_learns_from_every_sample_once_in_an_order_of_its_own(tiny_fo
 def test_rounds_end_at_intervals_passes_and_the_end(tiny_folder):
     for total, n, intervals in ((12, 9, (6, 4)), (11, 9, (5, 100)), (1, 9, (6, 4)), (30, 100, (7, 1000))):
         train = {"total_steps": total, "eval_interval": intervals[0], "checkpoint_interval": intervals[1]}
-        plan = plan_passes(tiny_offline_config(tiny_folder, "sft", train=train), n)
+        plan = plan_passes(tiny_offline_config(tiny_folder, "sft", train=train).train, n)
         assert plan.rounds == sum(plan.ends_round(step) for step in range(1, plan.total_steps + 1))
-    plan = plan_passes(tiny_offline_config(tiny_folder, "sft", train={"epochs": 2}), 9)
+    plan = plan_passes(tiny_offline_config(tiny_folder, "sft", train={"epochs": 2}).train, 9)
     assert (plan.total_steps, plan.steps_per_pass) == (6, 3)
     assert (
         plan.line

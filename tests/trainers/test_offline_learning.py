@@ -6,7 +6,7 @@ from transformers import GPT2Config
 import solotune
 from benchmarks.learning import learn_sft
 from benchmarks.walks import make_walks, walks_tokenizer
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 
 
 def config_of(default, folder, tokenizer, **sections):

@@ -12,8 +12,8 @@ import solotune
 from solotune.data.dialogues import encode_pairs
 from solotune.data.prompts import Prompts
 from solotune.errors import DataError
+from solotune.runs.folder import read_lines
 from solotune.trainers.ilql import ILQLTrainer
-from solotune.trainers.run_folder import read_lines
 from solotune.trainers.sft import SFTTrainer
 from tests.tiny import EOS, PAD, tiny_offline_config
 from tests.tiny_seq2seq import KINDS, ending_tokenizer, save_tiny_seq2seq

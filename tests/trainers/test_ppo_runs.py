@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import solotune
-from solotune.trainers.evaluation import Evaluation
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.evaluation import Evaluation
+from solotune.runs.folder import read_lines
 from tests.tiny import tiny_ppo_config
 from tests.trainers.test_ppo import PROMPTS, trainer_of, vowels
 
@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_it_promises(tiny_folder, tmp_path):
 
 def test_the_saved_recipe_runs_again_to_the_same_numbers(tiny_folder, tmp_path):
     from solotune.config import Recipe
-    from solotune.trainers.run import run_recipe
+    from solotune.runs.start import run_recipe
 
     (tmp_path / "reward.py").write_text("def reward_fn(outputs, **_):\n    return [len(set(o)) / 6 for o in outputs]\n")
     config = tiny_ppo_config(tiny_folder)

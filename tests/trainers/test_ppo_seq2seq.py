@@ -14,9 +14,9 @@ from solotune.config import Recipe
 from solotune.data.prompts import Prompts, cut, encode
 from solotune.models.export import merge_adapter
 from solotune.models.seq2seq import Seq2SeqPolicy
+from solotune.runs.folder import read_lines
+from solotune.runs.start import run_recipe
 from solotune.trainers.ppo import PPOTrainer
-from solotune.trainers.run import run_recipe
-from solotune.trainers.run_folder import read_lines
 from tests.tiny import EOS
 from tests.tiny_seq2seq import ending_tokenizer, save_tiny_seq2seq, tiny_seq2seq, tiny_seq2seq_config
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from solotune.trainers.run_folder import read_lines
+from solotune.runs.folder import read_lines
 from tests.forks import fork
 from tests.tiny import import_path, save_tiny
 

@@ -12,10 +12,10 @@ import solotune
 from solotune.config import Recipe, RFTConfig, describe_steps
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError, RewardError
+from solotune.runs.folder import read_lines
+from solotune.runs.start import run_recipe
 from solotune.trainers.order import even_batches
 from solotune.trainers.rft import RFTTrainer
-from solotune.trainers.run import run_recipe
-from solotune.trainers.run_folder import read_lines
 from tests.tiny import tiny_ppo_config
 
 PROMPTS = Prompts(["a film", "another film, a longer one", "so"])
@@ -47,6 +47,15 @@ def gradients(trainer, rollouts, rows):
     found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.optimizer.zero_grad(set_to_none=True)
     return found, loss
+
+
+def test_the_samples_of_a_prompt_are_a_group_and_there_is_no_critic(tiny_folder):
+    trainer = trainer_of(tiny_folder)
+    groups_PG = trainer.sample_rollouts().group_N.view(len(PROMPTS), -1)
+    assert groups_PG.tolist() == [[prompt] * groups_PG.shape[1] for prompt in range(len(PROMPTS))]
+    trainer.rounds_done = 1
+    assert int(trainer.sample_rollouts().group_N[0]) == len(PROMPTS), "groups of two rounds are not mixed up"
+    assert len(trainer.model.critic) == 0
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "last two blocks"])

@@ -32,6 +32,20 @@ def test_a_trunk_that_waits_on_the_host_changes_nothing(tiny_folder, monkeypatch
     assert rounds[0] == rounds[1]
 
 
+def test_rounds_go_on_in_the_prompts_and_every_row_is_a_group_of_its_own(tiny_folder):
+    trainer = trainer_of(tiny_folder)
+    places, prompts = [], []
+    for _ in range(2):
+        rollouts = trainer.sample_rollouts()
+        places.append(rollouts.group_N.tolist())
+        prompts += rollouts.prompt_index_N.tolist()
+        assert torch.equal(rollouts.select(torch.tensor([3, 1])).group_N, rollouts.group_N[[3, 1]])
+        trainer.train_round()
+    assert places == [[*range(8)], [*range(8, 16)]]
+    assert prompts == [trainer.order[place] for place in range(16)]
+    assert trainer.state()["prompts_taken"] == 16
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rows_of_a_trunk_on_the_host_come_to_the_device():

@@ -183,12 +183,10 @@ def _sweep(
             slopes_cV = weights_cV
             if want_slopes and logits_cV.dtype != wide:
                 slopes_cV = in_buffer("narrow", logits_cV, logits_cV.dtype)
-            group = _rows_of_group(logits_cV)
+            group, given = _rows_of_group(logits_cV), (logits_cV, wide_cV, weights_cV, slopes_cV, targets_c)
             of_chunk = [
-                _softmax(*tensors, temperature, want_entropy, want_slopes)
-                for tensors in zip(
-                    *(x.split(group) for x in (logits_cV, wide_cV, weights_cV, slopes_cV, targets_c)), strict=True
-                )
+                _softmax(given_r, temperature, want_entropy, want_slopes)
+                for given_r in zip(*(x.split(group) for x in given), strict=True)
             ]
             parts += of_chunk
             if want_slopes:
@@ -217,21 +215,16 @@ def _rows_of_group(logits_cV: Tensor) -> int:
     return max(LEAST_GROUP_ROWS, CPU_GROUP_ELEMENTS // logits_cV.shape[1])
 
 
-def _softmax(
-    logits_cV: Tensor,
-    wide_cV: Tensor,
-    weights_cV: Tensor,
-    slopes_cV: Tensor,
-    targets_c: Tensor,
-    temperature: float,
-    want_entropy: bool,
-    want_slopes: bool,
-) -> _Softmax:
+def _softmax(given_c: tuple[Tensor, ...], temperature: float, want_entropy: bool, want_slopes: bool) -> _Softmax:
     """Log-probs, entropies (zero if not wanted) and totals of some rows, and what is pulled back in `slopes_cV`.
 
-    softmax = weights / totals, with weights = exp((logits - max) / temperature). `wide_cV` are the logits, or room for
-    them; `weights_cV` is room, and `slopes_cV` too, or the same.
+    softmax = weights / totals, with weights = exp((logits - max) / temperature).
+
+    Args:
+        given_c: logits_cV; wide_cV, the same or room for them in fp32; weights_cV, room, or the same as that; slopes_cV,
+            room in the logits' precision, or the same as the weights; targets_c.
     """
+    logits_cV, wide_cV, weights_cV, slopes_cV, targets_c = given_c
     if wide_cV.data_ptr() != logits_cV.data_ptr():
         wide_cV.copy_(logits_cV)
     shifts_c1 = wide_cV.amax(dim=1, keepdim=True) / -temperature

@@ -18,7 +18,7 @@ from typing import Any
 
 from solotune.compat.shims import tell_once
 from solotune.errors import ConfigError, SolotuneError
-from solotune.trainers.console import show_logs
+from solotune.runs.console import show_logs
 
 OURS = "solotune.compat."
 MOVED = {"peft.utils.config": "peft.utils.peft_types"}

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from solotune.config.values import own_copy
 from solotune.errors import NotYetError
-from solotune.validation import own_copy
 
 log = logging.getLogger("solotune")
 

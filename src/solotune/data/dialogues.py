@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from solotune.data.tables import is_unicode
+from solotune.config.values import is_unicode, shown
 from solotune.errors import DataError
-from solotune.validation import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,6 +8,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from solotune.data.fetching import require_package
 from solotune.progress import phase_progress
@@ -48,12 +49,17 @@ def _gguf_parsed_once() -> Iterator[None]:
     """transformers parses the file three times (tokenizer, configuration, weights) and makes its table of names for
     each tensor, so what was made is remembered for as long as the conversion lasts: 18 s instead of 35."""
     import gguf
+    import transformers.modeling_gguf_pytorch_utils
 
+    reading: Any = transformers.modeling_gguf_pytorch_utils
     makers = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, make in makers.items():
         setattr(gguf, name, functools.cache(make))
+    bar = reading.tqdm
+    reading.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, make in makers.items():
             setattr(gguf, name, make)

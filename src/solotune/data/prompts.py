@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.config.values import is_unicode
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
-from solotune.data.tables import Row, is_unicode, read_rows
+from solotune.data.tables import Row, read_rows
 from solotune.errors import DataError
 
 if TYPE_CHECKING:

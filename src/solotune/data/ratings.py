@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from solotune.config.values import is_unicode
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, resolve
 from solotune.data.film_snippets import read as read_film_snippets
-from solotune.data.tables import is_unicode, read_rows
+from solotune.data.tables import read_rows
 from solotune.errors import DataError
 
 logger = logging.getLogger(__name__)

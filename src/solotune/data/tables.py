@@ -15,11 +15,6 @@ ENCODING = "utf-8-sig"  # a mark of byte order at the beginning is no text
 _SUFFIXES = (".txt", ".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
-def is_unicode(text: str) -> bool:
-    """Whether it can be written: JSON's `\\ud800` makes half a surrogate pair, which no tokenizer and no file takes."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def read_rows(source: str, split: str = "train") -> list[Row]:
     """The rows of `source`, in its order.
 

@@ -10,8 +10,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
 from solotune.errors import ModelError
-from solotune.files import links_out, named, whole_folder
 from solotune.models.loading import auto_class
+from solotune.runs.files import links_out, named, whole_folder
 
 log = logging.getLogger("solotune")
 

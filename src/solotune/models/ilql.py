@@ -27,8 +27,8 @@ from solotune.algorithms.cross_entropy import linear_cross_entropy
 from solotune.algorithms.logprobs import chunked_logprobs
 from solotune.data.batches import Batch
 from solotune.errors import ModelError
+from solotune.models.critic import ValueHead
 from solotune.models.offline import OfflineModel
-from solotune.models.policy import ValueHead
 from solotune.models.split import Head
 from solotune.rollout.records import Rollouts
 

@@ -30,12 +30,14 @@ from solotune.models.adapters import (
     switch_off_dropout,
     to_trainable_dtype,
 )
+from solotune.models.critic import ValueBranch
 from solotune.models.ilql import ILQLModel
 from solotune.models.offline import OfflineModel
-from solotune.models.policy import PolicyModel, ValueBranch
+from solotune.models.policy import PolicyModel
 from solotune.models.seq2seq import Seq2SeqPolicy
 from solotune.models.seq2seq_offline import Seq2SeqILQLModel, Seq2SeqOfflineModel
 from solotune.models.split import Decoder
+from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.config import ModelConfig, TokenizerConfig, TRLConfig
@@ -56,7 +58,7 @@ def build_policy(
     """Load the model a configuration names, add its adapter, mark what is trained, and split it.
 
     Args:
-        config: only `model`, `train.gradient_checkpointing` and, of the method, which heads it has are read.
+        config: only `model`, `train.gradient_checkpointing` and, of the method, what it needs are read.
         device: where the weights go.
         meta: build the same modules without weights, on the meta device, the frozen ones in `meta_dtype`.
         tokens_C: for ILQL, the tokens that the data choose; default every one.
@@ -69,10 +71,10 @@ def build_policy(
     check_block_count(model.num_layers_unfrozen, decoder)
     value_branch = _value_branch(config, decoder)
     adapter = lora_config(model.delta_kwargs, model.peft_config, model.num_layers_unfrozen, decoder)
-    learner = getattr(config.method, "HEADS", "value")
+    method = config.method
     backbone: Any = lm
     if adapter is None:
-        if model.num_layers_unfrozen == 0 and learner != "q":  # its heads train all the same
+        if model.num_layers_unfrozen == 0 and method.HEADS != "q":  # its heads train all the same
             raise ModelError(
                 "model.num_layers_unfrozen is 0 and there is no LoRA: nothing would train; allowed are -1, 1 or more "
                 "blocks, or 0 with peft_config"
@@ -90,16 +92,20 @@ def build_policy(
     for module in [backbone, value_branch] if value_branch is not None else [backbone]:
         switch_off_dropout(module)
         to_trainable_dtype(module)
-    if not any(p.requires_grad for p in backbone.parameters()) and (adapter is not None or learner != "q"):
+    if not any(p.requires_grad for p in backbone.parameters()) and (adapter is not None or method.HEADS != "q"):
         raise ModelError("nothing would train: the adapter touches no tensor of the model; see model.peft_config")
     two_qs, checkpointing = bool(getattr(config.method, "two_qs", True)), config.train.gradient_checkpointing
-    if learner == "q":
+    if method.HEADS == "q":
         return (Seq2SeqILQLModel if model.is_seq2seq else ILQLModel)(backbone, two_qs, checkpointing, tokens_C)
-    if learner == "none":
+    if not method.samples_itself:
         return (Seq2SeqOfflineModel if model.is_seq2seq else OfflineModel)(backbone, checkpointing)
-    if model.is_seq2seq:
-        return Seq2SeqPolicy(backbone, checkpointing)
-    return PolicyModel(backbone, checkpointing, value_branch)
+    return (Seq2SeqPolicy if model.is_seq2seq else PolicyModel)(
+        backbone,
+        checkpointing,
+        value_branch=value_branch,
+        has_reference=method.HAS_REFERENCE,
+        has_critic=method.HEADS == "value",
+    )
 
 
 def _value_branch(config: TRLConfig, decoder: Decoder) -> ValueBranch | None:
@@ -301,10 +307,8 @@ def versions() -> dict[str, str]:
     import accelerate
     import peft
 
-    import solotune
-
     return {
-        "solotune": solotune.__version__,
+        "solotune": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

@@ -30,8 +30,10 @@ class OfflineModel(PolicyModel):
     Its further tasks: `trunk`, what enters the lowest trained block; `learn`, the log-probs of the tokens to learn.
     """
 
+    RECORDS_TRUNK = False
+
     def __init__(self, backbone: PreTrainedModel | PeftModel, gradient_checkpointing: bool = False):
-        super().__init__(backbone, gradient_checkpointing, online=False)
+        super().__init__(backbone, gradient_checkpointing, has_reference=False, has_critic=False)
         self._exits = False
         if self.start > 0:
             self.decoder.blocks[self.start].register_forward_pre_hook(self._exit)

@@ -13,16 +13,16 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solotune.algorithms.logprobs import chunked_logprobs
+from solotune.models.critic import CRITIC_FILE, ValueBranch, ValueHead, checkpoint_like
 from solotune.models.packed import packed_weights
 from solotune.models.split import Decoder, Encoded, Head, InputRecorder, Top, cast_input, hidden_dtype
 from solotune.rollout.generate import generate
@@ -33,21 +33,19 @@ from solotune.rollout.static import StaticSampler
 
 log = logging.getLogger("solotune")
 
-CRITIC_FILE = "value_head.safetensors"
-
 
 class Measured(NamedTuple):
     """One pass over the responses; zero outside the response mask, all (b, T) float32.
 
     Args:
         logprobs_bT: log-probability of each response token under the policy, at the sampling temperature.
-        values_bT: the critic's value before that token was emitted.
+        values_bT: the critic's value before that token was emitted; None without a critic.
         entropies_bT: entropy of the policy where that token was drawn, nats; zero in an update, which needs none.
-        ref_logprobs_bT: under the frozen reference; None in an update.
+        ref_logprobs_bT: under the frozen reference; None without one, and in an update.
     """
 
     logprobs_bT: Tensor
-    values_bT: Tensor
+    values_bT: Tensor | None
     entropies_bT: Tensor
     ref_logprobs_bT: Tensor | None = None
 
@@ -60,44 +58,6 @@ class WholePass(NamedTuple):
     values_BT: Tensor
 
 
-class ValueHead(nn.Module):
-    """V(s) from the last hidden state: Linear(h, 2h), ReLU, Linear(2h, 1) in fp32, the last layer zero at the start."""
-
-    def __init__(self, hidden_size: int, device: torch.device | str | None = None):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(hidden_size, 2 * hidden_size, device=device),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_size, 1, device=device),
-        )
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-    def forward(self, hidden_NH: Tensor) -> Tensor:
-        """Values (N,) of hidden states (N, H)."""
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            return self.layers(hidden_NH.float()).squeeze(-1)
-
-
-class ValueBranch(nn.Module):
-    """A trained copy of a decoder's last blocks and final norms, for a critic with layers of its own (trlX's
-    `num_value_layers_unfrozen`).
-
-    Args:
-        decoder: whose blocks are copied, before an adapter is put on them.
-        n_blocks: how many, at least 1 and less than all.
-    """
-
-    def __init__(self, decoder: Decoder, n_blocks: int):
-        super().__init__()
-        self.start = len(decoder.blocks) - n_blocks
-        self.blocks = copy.deepcopy(nn.ModuleList(decoder.blocks[self.start :]))
-        self.norms = nn.ModuleDict(copy.deepcopy(decoder.final_norms))
-        self.requires_grad_(True)
-
-
 class PolicyModel(nn.Module):
     """Policy, reference, critic and sampler on one backbone.
 
@@ -106,17 +66,21 @@ class PolicyModel(nn.Module):
             trained decides where the split lies.
         gradient_checkpointing: recompute the top's blocks in the backward pass.
         value_branch: blocks that the critic has to itself; without it, it reads the policy's last hidden state.
-        online: with a reference and a critic; what learns from given samples needs neither.
+        has_reference: keep what the model is now beside what it becomes.
+        has_critic: learn values with it.
     """
 
     CRITIC_FILE = CRITIC_FILE
+    RECORDS_TRUNK: ClassVar[bool] = True
+    """Whether what is sampled is learned from: the trunk's output is then kept with it."""
 
     def __init__(
         self,
         backbone: PreTrainedModel | PeftModel,
         gradient_checkpointing: bool = False,
         value_branch: ValueBranch | None = None,
-        online: bool = True,
+        has_reference: bool = True,
+        has_critic: bool = True,
     ):
         super().__init__()
         self.backbone = backbone
@@ -131,15 +95,15 @@ class PolicyModel(nn.Module):
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.eval()
-        self._is_online = online
+        self.has_reference = has_reference
         self.value_head: ValueHead | None = None
-        if online:
+        if has_critic:
             self.value_head = ValueHead(self.hidden_size, device=self.device)
         self.top = Top(self.decoder, self.start)
         self.head = Head(lm, self.decoder.name)
         self._sampling_head: Callable[[Tensor], Tensor] = self.head
         self.reference = nn.ModuleDict()  # frozen copies of what is trained in place; empty with LoRA
-        if not online:
+        if not has_reference:
             pass
         elif isinstance(backbone, PeftModel):
             self.reference_top, self.reference_head = self.top, self.head
@@ -170,7 +134,7 @@ class PolicyModel(nn.Module):
         self._told_growing = False
         self._branch_input = None  # where the branch starts above the split: what the policy hands to that block
         if value_branch is not None:
-            _checkpoint_like(self.decoder.blocks[-1], value_branch.blocks)
+            checkpoint_like(self.decoder.blocks[-1], value_branch.blocks)
             self._value_top = Top(
                 self.decoder, value_branch.start, value_branch.blocks, dict(value_branch.norms.items())
             )
@@ -180,10 +144,6 @@ class PolicyModel(nn.Module):
     @property
     def lm(self) -> PreTrainedModel:
         return self.decoder.lm
-
-    @property
-    def has_reference(self) -> bool:
-        return self._is_online
 
     @property
     def hidden_size(self) -> int:
@@ -260,7 +220,7 @@ class PolicyModel(nn.Module):
     def _sample(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.sampler.sample`, with the trunk's output recorded as the tokens are made; on a GPU the same with
         fixed-shape steps (`rollout.static`) where the architecture's parity is tested."""
-        with self._recording(self._is_online) as take_trunk:
+        with self._recording(self.RECORDS_TRUNK) as take_trunk:
             if self.device.type == "cuda" and self._samples_in_steps:
                 if self._static_sampler is None:
                     self._static_sampler = StaticSampler(self.decoder.module, self._sampling_head, take_trunk)
@@ -272,13 +232,16 @@ class PolicyModel(nn.Module):
 
     def _generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         """`rollout.generate.generate` and one full pass for the trunk's output."""
-        with self._recording(self._is_online) as take_trunk:
+        with self._recording(self.RECORDS_TRUNK) as take_trunk:
             return generate(self.lm, *args, take_trunk=take_trunk, **kwargs)
 
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, temperature: float) -> Measured:
-        """Log-probabilities of policy and reference, values and entropies in one pass over the top."""
+        """Log-probabilities of policy and reference, values and entropies, as far as there are any, in one pass over
+        the top."""
         measured = self._evaluate(rollouts, temperature, entropy=True)
+        if not self.has_reference:
+            return measured
         with self._reference():
             hidden_bTH = self._response_hidden(rollouts, self.reference_top)
             ref_logprobs_bT, _ = self._logprobs(hidden_bTH, rollouts, temperature, self.reference_head, entropy=False)
@@ -313,10 +276,11 @@ class PolicyModel(nn.Module):
         with self._keeping_branch_input():
             hidden_bTH = self._response_hidden(rollouts, self.top)
         logprobs_bT, entropies_bT = self._logprobs(hidden_bTH, rollouts, temperature, self.head, entropy)
+        if self.value_head is None:
+            return Measured(logprobs_bT, None, entropies_bT)
         mask_bT = rollouts.response_mask_NT
         if self.value_branch is not None:
             hidden_bTH = self._response_hidden(rollouts, self._value_top, self._branch_input)
-        assert self.value_head is not None
         values_bT = self.value_head(hidden_bTH).masked_fill(~mask_bT, 0.0)
         return Measured(logprobs_bT, values_bT, entropies_bT)
 
@@ -389,22 +353,5 @@ class PolicyModel(nn.Module):
             self._recorder.active = False
 
 
-def _checkpoint_like(block: nn.Module, copies: nn.ModuleList) -> None:
-    """Copies that were made before gradient checkpointing was switched on are recomputed as their originals are."""
-    for copied in copies:
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if hasattr(block, name):
-                setattr(copied, name, getattr(block, name))
-
-
 def _frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
-
-
-def saved_branch_blocks(folder: Path) -> int:
-    """Blocks of the value branch that `save_pretrained` wrote into a folder; 0 where it wrote none."""
-    if not (folder / CRITIC_FILE).exists():
-        return 0
-    with safe_open(folder / CRITIC_FILE, "pt") as file:
-        names = [name.split(".") for name in file.keys()]  # noqa: SIM118  no mapping
-    return len({name[2] for name in names if name[:2] == ["value_branch", "blocks"]})

@@ -71,7 +71,7 @@ class EncoderDecoder(PolicyModel):
         ids_BE, mask_BE = right_padded(prompt_ids_BP, prompt_mask_BP, pad_token_id)
         encoded = self._encode(self.lm, ids_BE, mask_BE)
         start_B1 = torch.full_like(ids_BE[:, :1], self.start_token_id)
-        with self._recording(self.has_reference) as take_trunk:
+        with self._recording(self.RECORDS_TRUNK) as take_trunk:
             rollouts = sample(
                 ConditionedDecoder(self.decoder.module),
                 self._sampling_head,
@@ -112,7 +112,7 @@ class EncoderDecoder(PolicyModel):
     def _with_trunk(self, rollouts: Rollouts, ids_BE: Tensor, mask_BE: Tensor) -> Rollouts:
         """Rollouts that were not recorded while they were sampled, with the encoder's and the trunk's output."""
         encoded = self._encode(self.lm, ids_BE, mask_BE)
-        with self._recording(self.has_reference) as take_trunk:
+        with self._recording(self.RECORDS_TRUNK) as take_trunk:
             if take_trunk is not None:
                 ids_BS, attention_BS, _ = rollouts.inputs
                 self.decoder.module(
@@ -152,7 +152,7 @@ class Seq2SeqPolicy(EncoderDecoder):
         assert mask_bE is not None
         if rollouts.encoder_hidden_NEH is not None:
             return Encoded(rollouts.encoder_hidden_NEH, mask_bE)
-        copied: Any = self.reference["lm"] if top is self.reference_top and "lm" in self.reference else None
+        copied: Any = self.reference["lm"] if "lm" in self.reference and top is self.reference_top else None
         return self._encode(self.lm if copied is None else copied, ids_bE, mask_bE)
 
     @torch.no_grad()

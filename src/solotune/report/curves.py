@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from solotune.cleaning import one_line
 from solotune.errors import DataError
 from solotune.models.tree import format_bytes
-from solotune.report.cleaning import one_line
 from solotune.report.reading import Run, number, read_run
 
 # Drawn in these colours, then replaced by the page's: matplotlib knows no CSS variables.

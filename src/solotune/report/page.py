@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from solotune.files import write_whole
+from solotune.cleaning import visible
 from solotune.models.tree import format_bytes
 from solotune.report import curves
-from solotune.report.cleaning import visible
 from solotune.report.reading import Pair, Run, by_prompt, mean, number, pair_up, read_run
+from solotune.runs.files import write_whole
 
 MOST_ROWS = 128
 ROWS_PER_PROMPT = 4

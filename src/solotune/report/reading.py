@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from solotune.cleaning import one_line
 from solotune.errors import DataError
-from solotune.report.cleaning import one_line
 
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json")
 

@@ -5,8 +5,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from solotune.cleaning import one_line
 from solotune.errors import DataError
-from solotune.report.cleaning import one_line
 from solotune.report.reading import by_prompt, mean, pair_up
 
 

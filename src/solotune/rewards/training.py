@@ -161,8 +161,9 @@ def _fit(
 
 
 def _drawn(indices: Sequence[int], cfg: "RewardTrainingConfig", rng: random.Random) -> Sequence[int]:
-    is_more = cfg.max_rows is not None and len(indices) > cfg.max_rows
-    return rng.sample(indices, cfg.max_rows) if is_more else indices
+    if cfg.max_rows is None or len(indices) <= cfg.max_rows:
+        return indices
+    return rng.sample(indices, cfg.max_rows)
 
 
 def _examples(

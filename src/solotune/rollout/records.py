@@ -40,6 +40,8 @@ class Rollouts(NamedTuple):
         encoder_ids_NE: right-padded prompts of an encoder-decoder, int64.
         encoder_mask_NE: True on their tokens.
         encoder_hidden_NEH: the encoder's output, or None where the encoder is trained and run from ids.
+        group_N: rows of one number answer the same prompt and are compared with each other, int64; None before a
+            trainer's sampler has given them out.
     """
 
     prompt_ids_NP: Tensor
@@ -53,6 +55,7 @@ class Rollouts(NamedTuple):
     encoder_ids_NE: Tensor | None = None
     encoder_mask_NE: Tensor | None = None
     encoder_hidden_NEH: Tensor | None = None
+    group_N: Tensor | None = None
 
     @property
     def n_rollouts(self) -> int:

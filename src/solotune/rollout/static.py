@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from solotune.rollout.cache import FixedLayer
 from solotune.rollout.generate import ends_of
 from solotune.rollout.masks import MASK_STEP, additive, layer_masks, rounded, takes_masks
 from solotune.rollout.records import FinishReason, Rollouts, positions_of
@@ -66,63 +67,6 @@ class Storage(NamedTuple):
         """A view of the first `count` rows; the two counters are shared."""
         *rows, slot_1, step_1 = self
         return Storage._make([*(None if x is None else x[:count] for x in rows), slot_1, step_1])
-
-
-class FixedLayer(CacheLayerMixin):
-    """Keys and values of all positions of one block, (b, heads, S, width).
-
-    A prompt is written from the start and returned alone; a step is written at `slot_1` and all positions are returned,
-    of which the mask hides those that hold nothing yet.
-    """
-
-    is_sliding = False
-
-    def __init__(self, n_rows: int, capacity: int, slot_1: Tensor):
-        super().__init__()
-        self._n_rows, self._capacity, self._slot_1 = n_rows, capacity, slot_1
-        self.is_stepping = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, because a mask hides a number and not a NaN.
-        self.keys, self.values = (
-            states.new_zeros((self._n_rows, states.shape[1], self._capacity, states.shape[-1]))
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, width = key_states.shape[0], key_states.shape[-2]
-        assert self.keys is not None
-        assert self.values is not None
-        keys, values = self.keys[:rows], self.values[:rows]
-        if self.is_stepping:
-            keys.index_copy_(2, self._slot_1, key_states)
-            values.index_copy_(2, self._slot_1, value_states)
-            return keys, values
-        keys[:, :, :width] = key_states
-        values[:, :, :width] = value_states
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # of a prompt; a step brings its own masks
-
-    def get_max_length(self) -> int:
-        return self._capacity
-
-    get_max_cache_shape = get_max_length  # its name in transformers 5.17
-
-    def move_rows(self, sources_b: Tensor) -> None:
-        """Row i becomes what row `sources_b[i]` is."""
-        for states in (self.keys, self.values):
-            assert states is not None
-            states[: len(sources_b)] = states[sources_b]
 
 
 class StaticSampler:

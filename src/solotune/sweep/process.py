@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune.lines import append_lines, read_lines
-from solotune.report.cleaning import visible
-from solotune.validation import nearest
+from solotune.cleaning import visible
+from solotune.config.values import nearest
+from solotune.runs.lines import append_lines, read_lines
 
-VALUES_FILE = "SOLOTUNE_VALUES_FILE"  # that of solotune.trainers.tracking, which takes seconds to import
+VALUES_FILE = "SOLOTUNE_VALUES_FILE"  # that of solotune.runs.tracking, which takes seconds to import
 SECONDS_TO_END = 10
 
 

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from solotune.report.cleaning import one_line
+from solotune.cleaning import one_line
+from solotune.runs.console import console
+from solotune.sweep.job import Sweep
 from solotune.sweep.space import Parameter, Plan
 from solotune.sweep.trial import as_overrides
-from solotune.trainers.console import console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from solotune.sweep.study import Sweep
 
 PANELS_IN_A_ROW = 3
 

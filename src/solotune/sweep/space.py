@@ -18,21 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as section
 
+from solotune.config.section import Section, build_section
+from solotune.config.values import STRICT, PositiveInt, nearest, number, own_copy, real_number, shown, whole_number
+from solotune.config.yaml import plain, read_yaml
 from solotune.errors import ConfigError
-from solotune.validation import (
-    STRICT,
-    PositiveInt,
-    Section,
-    build_section,
-    nearest,
-    number,
-    own_copy,
-    plain,
-    read_yaml,
-    real_number,
-    shown,
-    whole_number,
-)
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

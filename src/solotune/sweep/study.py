@@ -13,9 +13,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +22,13 @@ from filelock import FileLock, Timeout
 
 from solotune.config import Recipe
 from solotune.errors import ConfigError, MissingExtraError, TrainingError
+from solotune.runs.console import console
+from solotune.runs.signals import stop_requests
+from solotune.sweep.job import Sweep
 from solotune.sweep.process import Child
 from solotune.sweep.result import Row, best_row, described, show, write
 from solotune.sweep.space import Plan
 from solotune.sweep.trial import CANNOT_START, as_overrides
-from solotune.trainers.console import console
-from solotune.trainers.signals import stop_requests
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -40,41 +40,6 @@ log = logging.getLogger("solotune")
 DATABASE, LOCK = "sweep.db", ".lock"
 FAILURES_AT_THE_START = 3  # in a row, none before them complete: the fault lies in the script, not in the settings
 SECONDS_BETWEEN_LOOKS = 0.1
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to try and where.
-
-    Args:
-        plan: the sweep file.
-        target: a script with `main(hparams)` (.py), or a recipe.
-        folder: of the whole sweep.
-        seed: of what is drawn.
-        jobs: trials at a time.
-        accelerate_config: each trial is started by `accelerate launch` with this configuration.
-        fixed: dotted settings that are the same in every trial.
-    """
-
-    plan: Plan
-    target: Path
-    folder: Path
-    seed: int = 0
-    jobs: int = 1
-    accelerate_config: Path | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What has to stay the same when a sweep is taken up again."""
-        tune = self.plan.tune
-        return {
-            "parameters": self.plan.as_dict(),
-            "metric": tune.metric,
-            "mode": tune.mode,
-            "target": self.target.name,
-            "fixed": dict(self.fixed),
-        }
 
 
 def check_recipe(sweep: Sweep) -> None:

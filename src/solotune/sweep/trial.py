@@ -21,8 +21,8 @@ from typing import Any
 
 from solotune.compat.script import install, print_own_traceback
 from solotune.errors import ConfigError, SolotuneError
-from solotune.lines import append_lines
-from solotune.trainers.console import show_logs
+from solotune.runs.console import show_logs
+from solotune.runs.lines import append_lines
 
 CANNOT_START = 64
 """Exit code of a target that fails before it was given any settings: no other trial would fare better."""
@@ -81,7 +81,7 @@ def _run_script(path: Path, task: dict[str, Any], folder: Path) -> Any:
 def _run_recipe(path: Path, task: dict[str, Any], folder: Path) -> None:
     """Train a recipe with the trial's settings as overrides."""
     from solotune.config import Recipe
-    from solotune.trainers.run import run_recipe
+    from solotune.runs.start import run_recipe
 
     recipe = Recipe.load_yaml(path, as_overrides(task["hparams"]))
     run_recipe(recipe, folder / "run", task["resume"])

@@ -1,54 +1,39 @@
-"""What every trainer shares: model, optimizer, evaluation, metrics, checkpoints."""
+"""The loop around a method's rounds: rounds, evaluations, metrics, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from solotune.data.prompts import Prompts, encode
-from solotune.errors import ConfigError, ModelError, RewardError
-from solotune.models.loading import build_policy, load_tokenizer
-from solotune.models.policy import PolicyModel
-from solotune.models.products import allow_tf32_beside, use_fastest_products
+from solotune.errors import ConfigError, RewardError
 from solotune.progress import phase_progress
-from solotune.rewards.guard import OnError
-from solotune.rollout.records import Rollouts
-from solotune.rollout.settings import SamplingSettings, sweep
-from solotune.trainers import checkpoint, tracking
-from solotune.trainers.clock import Clock, peak_memory_bytes
-from solotune.trainers.console import Rounds, round_progress, say
-from solotune.trainers.evaluation import Evaluation, evaluate
-from solotune.trainers.optim import Stepper, build_optimizer, build_scheduler, load_scheduler
-from solotune.trainers.order import Stream
-from solotune.trainers.run_folder import RunFolder
-from solotune.trainers.sampling import PromptSampler, Texts, separator_of
-from solotune.trainers.scoring import Scorer
-from solotune.trainers.signals import RoundInterrupted, Stop, stop_requests
+from solotune.runs import checkpoint, tracking
+from solotune.runs.clock import peak_memory_bytes
+from solotune.runs.console import Rounds, round_progress
+from solotune.runs.evaluation import Evaluation
+from solotune.runs.signals import RoundInterrupted, Stop, stop_requests
+from solotune.trainers.learner import Learner
+from solotune.trainers.optim import load_scheduler
 
 if TYPE_CHECKING:
-    from solotune.config import StepPlan, TRLConfig
-    from solotune.plans import GrowthPlan, PassPlan
+    from solotune.config import TRLConfig
+    from solotune.config.plans import Plan
+    from solotune.rollout.settings import SamplingSettings
 
-T = TypeVar("T")
-log = logging.getLogger("solotune")
-DDP = DistributedDataParallelKwargs(broadcast_buffers=False)
-"""Forward passes of evaluations differ in number between processes, and no buffer is trained."""
 PHASES = ("sample", "score", "measure", "credit", "update", "evaluate")
 TOLD = {"sample": "sampling", "score": "scoring", "measure": "measuring", "update": "updating"}
 """What a round says that it is doing, by phase."""
 
 
-class Trainer(ABC):
+class Trainer(Learner, ABC):
     """The loop around a method's rounds.
 
     A method gives `train_round`, which ends with `tell`, and adds what it has to remember to `state` and `load_state`.
@@ -56,97 +41,18 @@ class Trainer(ABC):
     Args:
         config: trlX's configuration.
         plan: how many rounds and steps.
-        reward_fn: called with the keywords among samples, prompts, outputs, tokenizer and the prompts' metadata that it
-            takes; a number per sample, or a list of numbers per sample, one a response token. None: evaluations have no
-            reward.
-        eval_prompts: what is continued at every evaluation.
-        room: tokens a prompt may have.
-        run: where files go; None writes none.
-        metric_fn: called at every evaluation with samples, prompts, outputs and metadata; a dict of named numbers.
-        stop_sequences: texts that end a response and are cut off it.
-        prompts: the training prompts, checked before weights are loaded.
-        scores_on_main: call `reward_fn` and `metric_fn` on the first process alone, with the samples of all (as trlX);
-            otherwise every process scores its own.
-        on_error: what to do when `reward_fn` fails; default to stop.
-        accelerator: default a new one.
-        clock: phases are counted here, default a clock that starts now.
-    Raises:
-        ConfigError, DataError, ModelError: before weights are loaded where that can be told.
+        given: see `Learner`.
     """
 
-    def __init__(
-        self,
-        config: TRLConfig,
-        plan: StepPlan | GrowthPlan | PassPlan,
-        reward_fn: Callable[..., Any] | None,
-        eval_prompts: Prompts,
-        room: int,
-        run: RunFolder | None = None,
-        metric_fn: Callable[..., dict[str, Any]] | None = None,
-        stop_sequences: Sequence[str] = (),
-        prompts: Prompts | None = None,
-        scores_on_main: bool = False,
-        on_error: OnError | None = None,
-        accelerator: Accelerator | None = None,
-        clock: Clock | None = None,
-    ):
-        self.config, self.plan = config, plan
-        self.run = run
-        self.accelerator = accelerator or Accelerator(kwargs_handlers=[DDP])
-        self.device = self.accelerator.device
-        self.clock = clock or Clock(self.device)
-        use_fastest_products(self.device)
-
-        self.tokenizer = load_tokenizer(config.tokenizer)
-        self._scorer = Scorer(
-            reward_fn,
-            metric_fn,
-            self.tokenizer,
-            self.accelerator,
-            scores_on_main,
-            on_error or OnError(),
-            config.train.seed,
-        )
-        self._room = room
-        prompt_ids = [] if prompts is None else self._encode(prompts)
-        eval_ids = self._encode(eval_prompts)
-        main = self.accelerator.is_main_process
-        with phase_progress("loading the model", shown=main), self.clock.phase("load"):
-            policy = self.build_policy()
-        allow_tf32_beside(p for p in policy.parameters() if not p.requires_grad)
-        self._check_vocabulary(policy)
-        self._check_positions(policy, self._longest([*prompt_ids, *eval_ids]))
-        self._has_reference = policy.has_reference
-        self.parameters = policy.trainable_parameters()
-        optimizer = build_optimizer(config.optimizer, self.parameters)
-        self.scheduler = build_scheduler(config.scheduler, optimizer)
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        self.stepper = Stepper(
-            self.accelerator,
-            self.parameters,
-            self.optimizer,
-            self.scheduler,
-            config.train.max_grad_norm,
-            config.train.max_skipped_steps,
-        )
-
-        self._eos, self._stops = _eos_token_ids(policy, self.tokenizer), list(stop_sequences)
-        self._gen_kwargs: dict[str, Any] = getattr(config.method, "gen_kwargs", {})
-        self.eval_settings = [(s.label, self.settings(s.gen_kwargs)) for s in sweep(self._gen_kwargs)]
-        self._sample_eval = self.sampler(eval_prompts, eval_ids, Stream.EVALUATION)
-        if prompts is not None:
-            self.sampled = self.sampler(prompts, prompt_ids, Stream.ROLLOUTS)
-        self.n_eval_prompts = len(eval_prompts)
-        self.micro_batch = config.train.minibatch_size or config.train.batch_size
+    def __init__(self, config: TRLConfig, plan: Plan, *given: Any, **shared: Any):
+        super().__init__(config, *given, **shared)
+        self.plan = plan
         self.resume_hint = "train.resume_from_checkpoint goes on from there"
         self.progress = Rounds(plan.rounds)
-        self.rounds_done = 0
-        self.steps_done = 0
         self.tokens_done = 0.0
         self.first_evaluation: Evaluation | None = None
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step = -1
-        self._evaluation_seconds: float | None = None
         self._saving_seconds = 0.0
         self.best_reward = -math.inf
         self.stop = Stop()
@@ -154,10 +60,6 @@ class Trainer(ABC):
 
     TOKENS: ClassVar[tuple[str, str]] = ("rollout", "sample")
     """The tokens whose number a second is told: the family of their metric, and the phase in which they are made."""
-
-    def build_policy(self) -> PolicyModel:
-        """The model, on this process's device, before anything is wrapped around it."""
-        return build_policy(self.config, self.device)
 
     @abstractmethod
     def train_round(self) -> dict[str, Any]:
@@ -242,17 +144,11 @@ class Trainer(ABC):
         """Whether every round ends with a checkpoint, whatever `train.checkpoint_interval` says."""
         return False
 
-    def post_epoch_callback(self) -> None:  # noqa: B027  may be overridden, need not be
+    def post_epoch_callback(self) -> None:
         """For subclasses: called after every round (trlX's name)."""
 
-    def post_backward_callback(self) -> None:  # noqa: B027
+    def post_backward_callback(self) -> None:
         """For subclasses: called after every pass over the rollouts of a round (trlX's name)."""
-
-    def score(self, texts: Texts, stream: Stream = Stream.ROLLOUTS) -> list[Any]:
-        """The reward function's answer: a number or a list of numbers a sample; None for one without a reward."""
-        return self._scorer.rewards(
-            texts, stream, self.steps_done, self.run.path if self.run is not None else Path.cwd()
-        )
 
     def tell(self, metrics: dict[str, Any], first_step: int) -> None:
         """Evaluate and save where an interval was crossed or the run is over; write the round's metrics."""
@@ -281,31 +177,9 @@ class Trainer(ABC):
             self.save_checkpoint()
 
     def evaluate(self, settings: SamplingSettings | None = None) -> Evaluation:
-        """Sample the evaluation prompts with the same random numbers as ever, and score them.
-
-        Args:
-            settings: how to sample, default `gen_kwargs` (of a sweep, its first value).
-        """
-        count, shown = self.n_eval_prompts, self.accelerator.is_main_process
-        name = f"evaluating {count:,} sample{'' if count == 1 else 's'}"
-        with (
-            phase_progress(name, expected=self._evaluation_seconds, shown=shown) as phase,
-            self.clock.phase("evaluate"),
-        ):
-            evaluation = evaluate(
-                self.accelerator,
-                self.policy,
-                self._sample_eval,
-                self.n_eval_prompts,
-                settings or self.eval_settings[0][1],
-                lambda texts: self.score(texts, Stream.EVALUATION),
-                lambda texts: self._scorer.metrics(texts, self.steps_done),
-                self.in_memory,
-                measures_kl=self._has_reference,
-                told=phase.doing,
-            )
-        self._evaluation_seconds = phase.seconds
-        self.progress.evaluated(phase.seconds)
+        """As `Learner.evaluate`; the rounds hear how long it took."""
+        evaluation = super().evaluate(settings)
+        self.progress.evaluated(self._evaluation_seconds or 0.0)
         return evaluation
 
     def evaluate_and_record(self) -> Evaluation:
@@ -334,17 +208,6 @@ class Trainer(ABC):
                     self.save_pretrained(folder)
         return evaluation
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter (or the whole model, where it was trained itself) and the tokenizer; PEFT or transformers
-        load it without solotune."""
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(Path(folder))
-            self.tokenizer.save_pretrained(folder)
-
-    def keep_failure(self, rollouts: Rollouts | None = None) -> Path | None:
-        """Write down what a failure can be understood by; the folder it is in."""
-        return None if self.run is None else self.run.save_failure(self.model, rollouts)
-
     def save_checkpoint(self) -> None:
         """Save what resuming needs, at the end of a round."""
         if self.run is not None:
@@ -372,40 +235,6 @@ class Trainer(ABC):
         state = checkpoint.restore(found, self.model, self.optimizer.optimizer)
         with checkpoint.reading(found):
             self.load_state(state)
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """`transformers.generate` of the tuned model, with the `gen_kwargs` of rollouts where none are given."""
-        own = getattr(self.config.method, "gen_experience_kwargs", None) or sweep(self._gen_kwargs)[0].gen_kwargs
-        return self._hf_generate(input_ids, attention_mask, {**own, **kwargs})
-
-    def generate_eval(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The same with the `gen_kwargs` of evaluations."""
-        return self._hf_generate(input_ids, attention_mask, {**sweep(self._gen_kwargs)[0].gen_kwargs, **kwargs})
-
-    def _hf_generate(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-        ids = input_ids.to(self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
-        if options.get("eos_token_id") == -1:
-            options["eos_token_id"] = None
-        options = {"pad_token_id": self.tokenizer.pad_token_id, **options}
-        return self.model.generate(input_ids=ids, attention_mask=mask, **options)
-
-    @property
-    def model(self) -> PolicyModel:
-        """The policy without what `accelerate` wrapped around it."""
-        return self.accelerator.unwrap_model(self.policy)
-
-    def settings(self, gen_kwargs: dict[str, Any]) -> SamplingSettings:
-        """How to sample, with the model's and tokenizer's EOS unless `gen_kwargs` name others."""
-        return SamplingSettings.from_gen_kwargs(gen_kwargs, self._eos, self._stops)
-
-    def sampler(self, prompts: Prompts, prompt_ids: list[list[int]], stream: Stream) -> PromptSampler:
-        """A sampler over these prompts with random numbers of its own."""
-        chunk_size = getattr(self.config.method, "chunk_size", self.config.train.batch_size)
-        seed, separator = self.config.train.seed, separator_of(self.config)
-        return PromptSampler(
-            self.policy, self.tokenizer, prompts, prompt_ids, seed, stream, chunk_size, self.device, separator
-        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors, JSON."""
@@ -449,76 +278,8 @@ class Trainer(ABC):
 
     def _data_order(self) -> dict[str, Any]:
         """What decides which prompts and random numbers a round takes."""
-        rollouts = getattr(self.config.method, "num_rollouts", 0)
-        processes = self.accelerator.num_processes
-        return {"train.seed": self.config.train.seed, "method.num_rollouts": rollouts, "processes": processes}
-
-    def say(self, line: str) -> None:
-        """One line on the terminal, from one process."""
-        if self.accelerator.is_main_process:
-            say(line)
-
-    def in_memory(self, run: Callable[[int], T]) -> T:
-        """`run(micro_batch)`, repeated with half the rows a pass whenever the GPU's memory does not hold them.
-
-        What `run` does must not depend on the size of its passes; training draws no random numbers that would have to
-        be put back. Several processes do not recover: the others are waiting inside a reduction.
-        """
-        while True:
-            try:
-                return run(self.micro_batch)
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1 or self.accelerator.num_processes > 1:
-                    raise
-            self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.micro_batch = -(-self.micro_batch // 2)
-            log.warning(
-                "out of GPU memory: the pass is repeated with %d rows at a time, to the same result; "
-                "train.minibatch_size: %d says so from the start",
-                self.micro_batch,
-                self.micro_batch,
-            )
-
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        """The same tensor with the values of all processes added up."""
-        return self.accelerator.reduce(x, reduction="sum") if self.accelerator.num_processes > 1 else x  # type: ignore[return-value]
-
-    def _encode(self, prompts: Prompts) -> list[list[int]]:
-        special, goes_on = self.config.tokenizer.add_special_tokens, not self.config.model.is_seq2seq
-        return encode(prompts, self.tokenizer, self._room, special, goes_on)
-
-    def _check_vocabulary(self, policy: PolicyModel) -> None:
-        embeddings: int = policy.lm.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        if len(self.tokenizer) > embeddings:
-            raise ModelError(
-                f"tokenizer.tokenizer_path {self.config.tokenizer.tokenizer_path!r} has {len(self.tokenizer):,} "
-                f"tokens, but the model has embeddings for {embeddings:,}; use the model's own tokenizer"
-            )
-
-    def _longest(self, prompt_ids: list[list[int]]) -> int:
-        """Tokens of the longest sequence that the model may be given."""
-        prompt, new = max(map(len, prompt_ids), default=0), self.config.train.seq_length - self._room
-        return max(prompt, new) if self.config.model.is_seq2seq else prompt + new
-
-    def _check_positions(self, policy: PolicyModel, longest: int) -> None:
-        if policy.n_positions is not None and longest > policy.n_positions:
-            raise ModelError(
-                f"{type(policy.lm).__name__} has {policy.n_positions:,} positions, but sequences have up to "
-                f"{longest:,} tokens; lower train.seq_length = {self.config.train.seq_length:,} or max_new_tokens in "
-                "method.gen_kwargs"
-            )
+        return {"train.seed": self.config.train.seed, "processes": self.accelerator.num_processes}
 
 
 def _is_json(value: Any) -> bool:
     return isinstance(value, (int, float, str, bool, list, type(None)))
-
-
-def _eos_token_ids(policy: PolicyModel, tokenizer: Any) -> list[int]:
-    """The model's own end-of-sequence tokens and the tokenizer's."""
-    generation = getattr(policy.lm, "generation_config", None)
-    given = getattr(generation, "eos_token_id", None)
-    ids = given if isinstance(given, list) else [given]
-    vocabulary = int(policy.lm.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None and i < vocabulary})

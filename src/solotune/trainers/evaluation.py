@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,23 +13,8 @@ from solotune.algorithms.kl import response_kl
 from solotune.errors import RewardError
 from solotune.rollout.records import FinishReason, Rollouts
 from solotune.rollout.settings import SamplingSettings
+from solotune.runs.evaluation import Evaluation
 from solotune.trainers.sampling import PromptSampler, Texts
-
-
-class Evaluation(NamedTuple):
-    """One evaluation of all processes' samples.
-
-    Args:
-        reward: mean score of the samples that got one (dense scores summed); None where none did.
-        kl: mean KL to the reference, nats per response; None where there is no reference.
-        samples: a row for `samples.jsonl` per sample, in the order of the prompts.
-        metrics: means of what `metric_fn` returned.
-    """
-
-    reward: float | None
-    kl: float | None
-    samples: list[dict[str, Any]]
-    metrics: dict[str, float]
 
 
 def evaluate(
@@ -54,7 +39,7 @@ def evaluate(
     texts, kls, finishes = Texts([], [], [], {}), [], []
     if mine:
         told("sampling")
-        rollouts = sampler(mine, mine, settings, told)
+        rollouts = sampler(mine, mine, settings, told=told)
         texts = sampler.texts(rollouts, settings.stop_strings)
         kls: list[Any] = [None] * len(mine)
         if measures_kl:

@@ -39,6 +39,7 @@ class ILQLTrainer(OfflineTrainer):
         DataError: not one finite number a sample.
     """
 
+    METHOD = ILQLConfig
     LOSSES = (
         "objective/loss",
         "value/q_loss",
@@ -53,9 +54,7 @@ class ILQLTrainer(OfflineTrainer):
     def __init__(
         self, config: TRLConfig, samples: Sequence[Any], rewards: Sequence[float], eval_prompts: Prompts, **shared: Any
     ):
-        if not isinstance(config.method, ILQLConfig):
-            raise ConfigError(f"method.name {config.method.name!r} is not ILQL; this trainer needs an ILQLConfig")
-        self.method = config.method
+        self.method = self.method_of(config)
         given = torch.tensor(checked_rewards(rewards, len(samples)), dtype=torch.float64)
         super().__init__(config, samples, eval_prompts, **shared)
         self.rewards_n = normalised(given)[self.samples.index].to(self.device)

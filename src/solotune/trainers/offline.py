@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from solotune.config import TRLConfig
+from solotune.config.plans import PassPlan
 from solotune.data.batches import Batch, collate
 from solotune.data.dialogues import encode_pairs, encode_samples
 from solotune.data.prompts import Prompts
 from solotune.models.loading import load_tokenizer
 from solotune.models.offline import OfflineModel
-from solotune.plans import PassPlan, plan_passes
 from solotune.progress import phase_progress
 from solotune.trainers.base import Trainer
 from solotune.trainers.order import minibatches
@@ -64,6 +64,7 @@ class OfflineTrainer(Trainer):
         reward_fn: Callable[..., Any] | None = None,
         **shared: Any,
     ):
+        self.method_of(config)  # before anything is read
         tokenizer = load_tokenizer(config.tokenizer)
         special = config.tokenizer.add_special_tokens
         encode = encode_pairs if config.model.is_seq2seq else encode_samples
@@ -73,7 +74,7 @@ class OfflineTrainer(Trainer):
         with phase_progress(f"tokenizing {len(samples):,} samples", expected=about, shown=shown):
             self.samples = encode(samples, tokenizer, config.train.seq_length, special)
         n_processes = 1 if accelerator is None else accelerator.num_processes
-        plan = plan_passes(config, len(self.samples), n_processes)
+        plan = config.method.plan(config.train, len(self.samples), n_processes)
         super().__init__(config, plan, reward_fn, eval_prompts, room_for_prompts(config), **shared)
         self.own, self.stands_in = self._share()
         self.packs = self._packs()

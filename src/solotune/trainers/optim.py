@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler
 
 from solotune.errors import ConfigError, MissingExtraError, TrainingError
-from solotune.trainers.saved_state import is_like
+from solotune.runs.saved_state import is_like
 
 if TYPE_CHECKING:
     from solotune.config import OptimizerConfig, SchedulerConfig

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from solotune.config import ILQLConfig, PPOConfig, RFTConfig, SFTConfig, TRLConfig
+from solotune.config import MethodConfig, TRLConfig
+from solotune.config.sections import DEFAULT_TRAINER
+from solotune.config.values import nearest, shown
 from solotune.errors import ConfigError, NotYetError
-from solotune.validation import nearest, shown
 
 _TRAINERS: dict[str, tuple[str, type]] = {}  # by name in lower case: the name as it was given, the class
 _PIPELINES: dict[str, tuple[str, type]] = {}
-OF_METHODS: dict[type, str] = {
-    PPOConfig: "AcceleratePPOTrainer",
-    RFTConfig: "AccelerateRFTTrainer",
-    SFTConfig: "AccelerateSFTTrainer",
-    ILQLConfig: "AccelerateILQLTrainer",
-}
 NEMO = ("NeMoPPOTrainer", "NeMoILQLTrainer", "NeMoSFTTrainer")
 
 
@@ -33,7 +28,10 @@ def _register(registry: dict[str, tuple[str, type]], name: Any) -> Any:
 
 
 def register_trainer(name: Any) -> Any:
-    """Class decorator, bare or with a name: makes a `Trainer` known to `train.trainer` (any case)."""
+    """Class decorator, bare or with a name: makes a `Trainer` known to `train.trainer` (any case).
+
+    A trainer that says `METHOD` itself is that method's: it is taken where `train.trainer` is left at its default.
+    """
     return _register(_TRAINERS, name)
 
 
@@ -57,11 +55,6 @@ def get_trainer(name: str) -> Callable[..., Any]:
         NotYetError: it is one of NeMo's.
         ConfigError: nobody registered it; names those that are known.
     """
-    import solotune.trainers.ilql
-    import solotune.trainers.ppo
-    import solotune.trainers.rft
-    import solotune.trainers.sft  # noqa: F401  they register themselves
-
     if name.lower() in _TRAINERS:
         return _TRAINERS[name.lower()][1]
     if name.lower() in {other.lower() for other in NEMO}:
@@ -87,19 +80,31 @@ def get_pipeline(name: str) -> Callable[..., Any] | None:
     )
 
 
+def own_trainer(method: MethodConfig) -> tuple[str, Callable[..., Any]] | None:
+    """The name and the class of the trainer that says that this method, or the nearest one it inherits from, is its
+    own; None where none says so."""
+    for kind in type(method).__mro__:
+        own = [(name, cls) for name, cls in _TRAINERS.values() if vars(cls).get("METHOD") is kind]
+        if own:
+            return next((name, cls) for name, cls in reversed(own) if cls is own[0][1])  # the name it was given last
+    return None
+
+
 def trainer_of(config: TRLConfig) -> Callable[..., Any]:
     """The class that `train.trainer` names, or that of the method where the setting was left at its default.
 
     Raises:
-        NotYetError, ConfigError: as `get_trainer`, or it is another method's.
+        NotYetError, ConfigError: as `get_trainer`, or it is another method's; NotYetError: the method has none.
     """
-    own = next((name for kind, name in OF_METHODS.items() if isinstance(config.method, kind)), config.train.trainer)
-    is_default = config.train.trainer.lower() == OF_METHODS[PPOConfig].lower()
-    found: Any = get_trainer(own if is_default else config.train.trainer)
-    others: Any = tuple(get_trainer(name) for kind, name in OF_METHODS.items() if not isinstance(config.method, kind))
-    if isinstance(found, type) and issubclass(found, others):
-        raise ConfigError(
-            f"train.trainer = {config.train.trainer!r} does not fit method.name = {config.method.name!r}; remove it, "
-            f"or use {own!r}"
+    name, method = config.train.trainer, config.method
+    own = own_trainer(method)
+    if own is None and name.lower() == DEFAULT_TRAINER.lower():
+        raise NotYetError(
+            f"method.name {method.name!r} has no trainer: register one that says METHOD = {type(method).__name__}. "
+            f"There are {', '.join(_known(_TRAINERS))}"
         )
+    found: Any = own[1] if own is not None and name.lower() == DEFAULT_TRAINER.lower() else get_trainer(name)
+    if not isinstance(method, getattr(found, "METHOD", MethodConfig)):
+        hint = f", or use {own[0]!r}" if own is not None else ""
+        raise ConfigError(f"train.trainer = {name!r} does not fit method.name = {method.name!r}; remove it{hint}")
     return found

@@ -28,64 +28,40 @@ from torch import Tensor
 from solotune.algorithms.rft import first_of_each, percentile_schedule, select
 from solotune.algorithms.sft import sft_loss
 from solotune.config import RFTConfig, TRLConfig
+from solotune.config.plans import GrowthPlan
 from solotune.data.prompts import Prompts
 from solotune.errors import ConfigError
-from solotune.models.policy import PolicyModel
-from solotune.plans import GrowthPlan, plan_growth
 from solotune.rollout.records import FinishReason, Rollouts
-from solotune.rollout.settings import sweep
-from solotune.trainers.base import Trainer
+from solotune.trainers.online import OnlineTrainer
 from solotune.trainers.order import even_batches
 from solotune.trainers.registry import register_trainer
-from solotune.trainers.rollout_log import RolloutLog
-from solotune.trainers.sampling import room_for_prompts
 
 log = logging.getLogger("solotune")
 
 
 @register_trainer("AccelerateRFTTrainer")
 @register_trainer
-class RFTTrainer(Trainer):
-    """Tunes a language model on the best of its own samples; see `Trainer` for the arguments.
+class RFTTrainer(OnlineTrainer):
+    """Tunes a language model on the best of its own samples; processes share the training prompts out. See
+    `OnlineTrainer` for the arguments."""
 
-    Args:
-        config: trlX's configuration with an `RFTConfig`.
-        prompts, eval_prompts: what is continued. Processes share the training prompts out.
-    """
+    METHOD = RFTConfig
 
     plan: GrowthPlan
 
     def __init__(
         self, config: TRLConfig, reward_fn: Callable[..., Any], prompts: Prompts, eval_prompts: Prompts, **shared: Any
     ):
-        method = config.method
-        if not isinstance(method, RFTConfig):
-            raise ConfigError(f"method.name {method.name!r} is not RFT; this trainer needs an RFTConfig")
-        room = room_for_prompts(config)
-        super().__init__(config, plan_growth(config), reward_fn, eval_prompts, room, prompts=prompts, **shared)
-        self.method, self.n_prompts = method, len(prompts)
-        of_eval = sweep(method.gen_kwargs)
-        self.rollout_settings = self.settings(of_eval[0].gen_kwargs)
+        super().__init__(config, reward_fn, prompts, eval_prompts, **shared)
         if not self.rollout_settings.do_sample:
             raise ConfigError(
                 "method.gen_kwargs.do_sample = False: a prompt's samples would all be the same, and none better than "
                 "another; must be true"
             )
-        if len(of_eval) > 1:
-            self.say(f"rollouts are sampled with {of_eval[0].label[1:]}, the first of method.gen_kwargs' sweep")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.n_prompts < processes:
             raise ConfigError(f"{self.n_prompts} prompts for {processes} processes: each needs one of its own at least")
         self.own_prompts = list(range(process, self.n_prompts, processes))
-        self.rollout_log = None
-        if config.train.rollout_logging_dir is not None:
-            self.rollout_log = RolloutLog(config, self.accelerator)
-
-    def build_policy(self) -> PolicyModel:
-        """Without a critic to train; the reference is what evaluations measure the KL to."""
-        policy = super().build_policy()
-        policy.critic.requires_grad_(False)
-        return policy
 
     def train_round(self) -> dict[str, Any]:
         """One growth step and its improvement steps; returns their metrics."""
@@ -94,10 +70,7 @@ class RFTTrainer(Trainer):
             rollouts = self.sample_rollouts()
         self.pause_point()
         with self.phase("score"):
-            eos_text = self.tokenizer.eos_token or "" if self.config.AS_TRLX else ""
-            texts = self.sampled.texts(rollouts, self.rollout_settings.stop_strings, eos_text)
-            given = self.score(texts)
-            rollouts = rollouts.without([row for row, score in enumerate(given) if score is None])
+            rollouts, texts, given = self.scored(rollouts)
             sums = [math.nan if s is None else sum(s) if isinstance(s, list) else s for s in given]
             scores_N = self._without_gaps(torch.tensor(sums, dtype=torch.float64))
         self.pause_point()
@@ -120,7 +93,8 @@ class RFTTrainer(Trainer):
         rows = [(prompt, sample) for prompt in self.own_prompts for sample in samples_G]
         first = self.rounds_done * self.n_prompts
         row_ids = [(first + prompt) * len(samples_G) + sample for prompt, sample in rows]
-        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings, self.progress.doing)
+        groups = [first + prompt for prompt, _ in rows]
+        return self.sampled([prompt for prompt, _ in rows], row_ids, self.rollout_settings, groups, self.progress.doing)
 
     def _without_gaps(self, scores_N: Tensor) -> Tensor:
         """A sample without a score counts as its prompt's worst, so that no other is better because of it; it is never

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from solotune.config.yaml import plain
 from solotune.errors import ConfigError
-from solotune.files import named, write_whole
 from solotune.rollout.records import Rollouts
+from solotune.runs.files import named, write_whole
 from solotune.trainers.sampling import Texts
-from solotune.validation import plain
 
 if TYPE_CHECKING:
     from solotune.config import TRLConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -125,11 +125,18 @@ class PromptSampler:
     def __call__(
         self,
         prompt_indices: list[int],
-        row_ids: Iterable[int],
+        row_ids: Sequence[int],
         settings: SamplingSettings,
+        groups: Sequence[int] | None = None,
         told: Callable[[str], None] | None = None,
     ) -> Rollouts:
-        """One response for each index; `row_ids` name the rows' random streams; `told` hears of each chunk."""
+        """One response for each index.
+
+        Args:
+            row_ids: name the rows' random streams.
+            groups: which rows belong together; default each to itself.
+            told: hears of each chunk.
+        """
         task = "generate" if settings.other else "sample"
         rows = list(zip(prompt_indices, row_ids, strict=True))
         parts: list[Rollouts] = []
@@ -152,7 +159,8 @@ class PromptSampler:
             parts.append(part.with_trunk_on_host() if on_host else part)
             if told is not None and first + len(chunk) < len(rows):
                 told(f"sampling, {first + len(chunk):,} of {len(rows):,}")
-        return concatenate(parts, self._tokenizer.pad_token_id)
+        group_N = torch.tensor(list(row_ids if groups is None else groups), device=self._device)
+        return concatenate(parts, self._tokenizer.pad_token_id)._replace(group_N=group_N)
 
     def texts(self, rollouts: Rollouts, stop_strings: Iterable[str] = (), eos_text: str = "") -> Texts:
         """Decoded outputs, without special tokens and cut at stop strings, and what belongs to their prompts.

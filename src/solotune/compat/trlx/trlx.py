@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
-import solotune
 from solotune.compat.shims import tell_once
 from solotune.compat.trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
+from solotune.config import TRLConfig
 
 
 def train(
@@ -23,7 +23,7 @@ def train(
     prompts: Sequence[Any] | None = None,
     eval_prompts: Sequence[Any] | None = None,
     metric_fn: Callable[..., dict[str, Any]] | None = None,
-    config: solotune.TRLConfig | None = None,
+    config: TRLConfig | None = None,
     stop_sequences: Sequence[str] = (),
     logit_mask: Any = None,
 ) -> Any:
@@ -42,7 +42,9 @@ def train(
     if config.train.tracker == "wandb" and (reason := _no_wandb()):
         tell_once(f"no W&B log ({reason}); the same numbers are in metrics.jsonl")
         config = config.evolve(train={"tracker": None})
-    return solotune.train(
+    from solotune.runs.start import train as ours  # with torch and all
+
+    return ours(
         model_path, reward_fn, dataset, samples, rewards, prompts, eval_prompts, metric_fn, config, stop_sequences
     )
 

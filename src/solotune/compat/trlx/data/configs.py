@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from solotune import config as ours
 from solotune.compat.shims import modernised, tell_once
 from solotune.config import ModelConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig
-from solotune.sections import Tracker
-from solotune.validation import STRICT, PathText
+from solotune.config.sections import Tracker
+from solotune.config.values import STRICT, PathText
 
 __all__ = [
     "ModelConfig",

@@ -21,8 +21,9 @@ from solotune.compat.shims import absent
 from solotune.config import PPOConfig, default_ppo_config
 from solotune.errors import ConfigError, ModelError
 from solotune.models.adapters import switch_off_dropout
+from solotune.models.critic import ValueBranch, saved_branch_blocks
 from solotune.models.loading import auto_class, build_policy
-from solotune.models.policy import PolicyModel, ValueBranch, WholePass, saved_branch_blocks
+from solotune.models.policy import PolicyModel, WholePass
 from solotune.models.seq2seq import Seq2SeqPolicy
 from solotune.models.split import Decoder
 from solotune.rollout.records import positions_of

@@ -13,8 +13,8 @@ from accelerate.utils import send_to_device as to_device
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
+from solotune.config.values import nearest
 from solotune.errors import ConfigError, MissingExtraError
-from solotune.validation import nearest
 
 __all__ = [
     "Clock",

@@ -1,0 +1,1 @@
+"""The settings of each method: trlX's `method` section, one file a method."""
