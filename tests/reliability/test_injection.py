@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from typer.testing import CliRunner
 
 import solotune
+from solotune import progress
 from solotune.cli import app
 from solotune.runs import console as console_module
 from solotune.runs.console import VisibleFormatter, say
@@ -37,7 +38,8 @@ def terminal(monkeypatch):
     """A terminal that obeys everything; what it was sent."""
     out = io.StringIO()
     shown = Console(file=out, force_terminal=True, color_system="truecolor", width=10_000, no_color=False)
-    monkeypatch.setattr(console_module, "console", shown)
+    monkeypatch.setattr(progress, "console", shown)
+    monkeypatch.setattr(console_module, "console", shown, raising=False)
     return out
 
 

@@ -96,7 +96,7 @@ def test_the_last_blocks_alone_learn_and_what_lies_below_them_stays(request, rat
     start, _ = load_base(base, torch.device("cpu"))
     n_blocks = start.config.num_hidden_layers
     folder = train_reward_model(settings(base, ratings, num_layers_unfrozen=1, max_rows=200))
-    assert card(folder)["heldout"]["sign_accuracy"] > 0.9
+    assert card(folder)["heldout"]["sign_accuracy"] > 0.8  # 0.5 is a coin
     assert card(folder)["train_rows"] == 200
     trained = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     moved = {name for name, before in start.state_dict().items() if not torch.equal(before, trained[name])}

@@ -81,7 +81,8 @@ def ascii_share(outputs, **_):
 
 def config_of(folder, where, method="ReinforceConfig", model=None, num_rollouts=16, **train) -> TRLConfig:
     train = {"checkpoint_dir": str(where), "batch_size": num_rollouts // 4, **train}
-    sections = tiny_ppo_config(folder, train=train, model=model or {}).to_dict()
+    of_ppo = {"num_rollouts": num_rollouts, "chunk_size": num_rollouts}
+    sections = tiny_ppo_config(folder, train=train, model=model or {}, method=of_ppo).to_dict()
     return TRLConfig.from_dict({**sections, "method": {"name": method, "num_rollouts": num_rollouts}})
 
 

@@ -221,8 +221,8 @@ def _softmax(given_c: tuple[Tensor, ...], temperature: float, want_entropy: bool
     softmax = weights / totals, with weights = exp((logits - max) / temperature).
 
     Args:
-        given_c: logits_cV; wide_cV, the same or room for them in fp32; weights_cV, room, or the same as that; slopes_cV,
-            room in the logits' precision, or the same as the weights; targets_c.
+        given_c: logits_cV; wide_cV, the same or room for them in fp32; weights_cV, room, or the same as that;
+            slopes_cV, room in the logits' precision, or the same as the weights; targets_c.
     """
     logits_cV, wide_cV, weights_cV, slopes_cV, targets_c = given_c
     if wide_cV.data_ptr() != logits_cV.data_ptr():

@@ -85,7 +85,7 @@ class PPOTrainer(RoundTrainer):
             )
 
     @property
-    def passes(self) -> int:
+    def passes_a_round(self) -> int:
         return self.method.ppo_epochs
 
     def credit(self, rollouts: Rollouts, scores: Tensor, measured: Measured) -> Credit:

@@ -83,7 +83,7 @@ class RoundTrainer(OnlineTrainer):
         """
 
     @property
-    def passes(self) -> int:
+    def passes_a_round(self) -> int:
         """Passes over a round's rollouts."""
         return 1
 
@@ -156,8 +156,8 @@ class RoundTrainer(OnlineTrainer):
         the end, so that the host never waits within an update.
         """
         steps, first = this.steps, 0  # of the pass, within the round
-        for epoch in range(self.passes):
-            counter = self.rounds_done * self.passes + epoch
+        for epoch in range(self.passes_a_round):
+            counter = self.rounds_done * self.passes_a_round + epoch
             left = self.plan.total_steps - this.first_step - first
             if left <= 0:
                 break
