@@ -155,11 +155,6 @@ def test_assets_that_are_not_here_are_told_with_their_size(llama, tmp_path, monk
     assert est.first_line(recipe, CPU)[0] is None
 
 
-def test_a_reward_models_frozen_blocks_are_gone_through_once():
-    assert work.reward_training(600, 600, 10, 5.0, 2) == 6 * 600 * 10 * 5 * 2
-    assert work.reward_training(600, 300, 10, 5.0, 1) == (2 * 600 + 4 * 300) * 10 * 5
-
-
 def test_a_rate_is_of_products(monkeypatch):
     monkeypatch.setattr(est, "SECONDS_OF_TIMING", 0.02)
     assert 1e7 < est.measured_rate([(256, 128), (128, 256)], 64, torch.float32) < 1e14

@@ -184,9 +184,9 @@ def measured_rates(recipe: Recipe, policy: PolicyModel, reward: Reward, dtype: t
 def measured_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
     """Operations a second of products of (rows, in) with (out, in), taken in turn."""
     copies = max(WEIGHTS // sum(out * inner for out, inner in shapes), 1)
-    layers = nn.ModuleList(_layer(*shape, dtype) for _ in range(copies) for shape in shapes)
+    layers = [_layer(*shape, dtype) for _ in range(copies) for shape in shapes]
     inputs = {inner: torch.ones(rows, inner, dtype=dtype) for _, inner in shapes}
-    with packed_weights(layers, None):
+    with packed_weights(nn.ModuleList(layers), None):
         for layer in layers[: len(shapes)]:
             layer(inputs[layer.in_features])  # the first product of a shape is prepared
         operations, start, seconds = 0, time.perf_counter(), 0.0
