@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
-from solotune.cleaning import visible
+from solotune.cleaning import one_line, visible
 
 T = TypeVar("T")
 LONG = 10.0
@@ -86,7 +86,8 @@ class Phase:
     """
 
     def __init__(self, name: str, total: int | None = None, unit: str = "steps", expected: float | None = None):
-        self.name, self.total, self.unit, self.expected = name, total, unit, expected
+        self.name = one_line(name)  # which may be somebody else's
+        self.total, self.unit, self.expected = total, unit, expected
         self.done, self.what = 0, ""
         self._began = self._told = time.monotonic()
         self._bar: TaskID | None = None

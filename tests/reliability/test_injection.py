@@ -9,14 +9,12 @@ import shlex
 import pytest
 import yaml
 from rich.console import Console
-from rich.logging import RichHandler
 from typer.testing import CliRunner
 
 import solotune
 from solotune import progress
 from solotune.cli import app
-from solotune.runs import console as console_module
-from solotune.runs.console import VisibleFormatter, say
+from solotune.runs.console import SayingHandler, VisibleFormatter, say, show_logs
 from tests.reliability.test_hostile_runs import ACTING, assert_inert
 from tests.tiny import tiny_ppo_config
 
@@ -39,7 +37,6 @@ def terminal(monkeypatch):
     out = io.StringIO()
     shown = Console(file=out, force_terminal=True, color_system="truecolor", width=10_000, no_color=False)
     monkeypatch.setattr(progress, "console", shown)
-    monkeypatch.setattr(console_module, "console", shown, raising=False)
     return out
 
 
@@ -55,9 +52,7 @@ def test_a_line_is_shown_as_it_is(terminal, text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_log_line_is_shown_as_it_is_and_stays_one_line(terminal, text):
-    handler = RichHandler(
-        console=console_module.console, show_time=False, show_path=False, show_level=False, markup=False
-    )
+    handler = SayingHandler()
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logger = logging.Logger("of a test")
     logger.addHandler(handler)
@@ -74,7 +69,7 @@ def test_the_projects_own_log_goes_through_it(monkeypatch):
     logger = logging.getLogger("solotune")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    console_module.show_logs()
+    show_logs()
     assert isinstance(logger.handlers[0].formatter, VisibleFormatter)
 
 

@@ -15,7 +15,7 @@ from tests.tiny import save_tiny, tiny_ppo_config
 
 CPU = torch.device("cpu")
 NO_REWARD = Reward(0, 0.0, [], 1)
-EVEN = Rates(1.0, 1.0, 1.0)
+EVEN = Rates(1.0, 1.0, 1.0, 1.0)
 
 
 def recipe_of(folder, reward=None, **sections) -> Recipe:
@@ -43,10 +43,11 @@ def test_a_rounds_operations_are_those_counted_by_hand(llama):
     n, p, t, s = 8, 5, 6, 5 + 6 - 1
     found = work.ppo_round(recipe.config, weights, prompt_width=p)
     body, top = 4 * block + 2 * lora, 2 * (block + lora)
-    assert found.steps == 2 * n * (5 * body + t * head)
-    measured = 2 * n * (s * 2 * top + t * (2 * head + critic))
-    learned = 2 * n * (s * (2 * top + 2 * lora) + t * (2 * head + 3 * critic))
+    assert found.steps == 2 * n * 5 * body
+    measured = 2 * n * (s * 2 * top + t * critic)
+    learned = 2 * n * (s * (2 * top + 2 * lora) + 3 * t * critic)
     assert found.passes == 2 * n * p * body + measured + 2 * learned
+    assert found.head == 2 * n * t * head * (1 + 2 + 2 * 2)
 
 
 def test_what_is_trained_in_place_costs_its_own_gradient(llama):
@@ -54,9 +55,9 @@ def test_what_is_trained_in_place_costs_its_own_gradient(llama):
     weights = work.Weights.of(policy_of(whole))
     assert weights.trunk == 0
     assert weights.trained == weights.top
-    learned = work.learning(weights._replace(critic=0), 1, 5, 6).passes
-    head = weights.head * (3 if weights.trained_head else 2)
-    assert learned == 2 * (10 * 3 * weights.top + 6 * head)
+    learned = work.learning(weights._replace(critic=0), 1, 5, 6)
+    assert weights.trained_head == weights.head
+    assert learned == (0, 2 * 10 * 3 * weights.top, 2 * 6 * 3 * weights.head)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma3_text"])
@@ -79,6 +80,28 @@ def test_time_goes_with_rounds_and_rollouts(llama):
     more = seconds(train={"epochs": 5}, method={"num_rollouts": 24})
     assert more.round == pytest.approx(3 * once.round)
     assert seconds(train={"epochs": 5}, method={"ppo_epochs": 4}).round > once.round
+
+
+def test_a_reward_model_is_counted_by_the_rows_and_blocks_that_learn(tmp_path, monkeypatch):
+    """BERT of width 16, MLP 32, 2 blocks and a pooler; 40 rows of 10 words, 10 of them held out."""
+    from transformers import BertModel
+
+    from tests.rewards.words import bert_config, save, word_tokenizer
+
+    monkeypatch.setenv("SOLOTUNE_CACHE", str(tmp_path / "cache"))
+    base = save(tmp_path / "bert", BertModel(bert_config()), word_tokenizer("$A", pad_token="<pad>"))
+    rows = [{"text": "good " * 10, "rating": 1.0}] * 40
+    (tmp_path / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def counted(**changes):
+        training = {"base": base, "data": str(tmp_path / "ratings.jsonl"), "holdout": 10, "max_length": 8, **changes}
+        return est.reward_work(RewardConfig(training=training))
+
+    weights = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 16 * 16
+    assert counted().weights == weights
+    assert counted().training == 2 * weights * 8 * (30 * 3 + 10)
+    assert counted(epochs=2, max_rows=20).training == 2 * weights * 8 * (2 * 20 * 3 + 10)
+    assert counted(num_layers_unfrozen=1).training == 2 * weights * 8 * (30 * 2 + 10)
 
 
 def test_evaluations_are_counted_as_a_run_makes_them(llama, tmp_path):
@@ -130,11 +153,6 @@ def test_assets_that_are_not_here_are_told_with_their_size(llama, tmp_path, monk
 
     _ASSETS["asset:film-snippets"].folder().mkdir(parents=True)
     assert est.first_line(recipe, CPU)[0] is None
-
-
-def test_a_reward_models_frozen_blocks_are_gone_through_once():
-    assert work.reward_training(600, 600, 10, 5.0, 2) == 6 * 600 * 10 * 5 * 2
-    assert work.reward_training(600, 300, 10, 5.0, 1) == (2 * 600 + 4 * 300) * 10 * 5
 
 
 def test_a_rate_is_of_products(monkeypatch):

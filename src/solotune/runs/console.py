@@ -32,7 +32,7 @@ class VisibleFormatter(logging.Formatter):
 A_MINUTE = 60.0
 
 
-class _SayingHandler(logging.Handler):
+class SayingHandler(logging.Handler):
     """Says log messages, above the bars where there are any. (rich's own handler pads them to the terminal's width.)"""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -47,7 +47,7 @@ def show_logs(level: int = logging.INFO) -> None:
     logger = logging.getLogger("solotune")
     if logger.handlers or logging.getLogger().handlers:
         return
-    handler = _SayingHandler()
+    handler = SayingHandler()
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)

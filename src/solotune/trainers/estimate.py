@@ -6,8 +6,8 @@ own widths. Nothing is said of what cannot be known: a GPU, a reward function, a
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from solotune.config import PPOConfig, describe_steps
 from solotune.data import film_snippets
 from solotune.data.assets import FILM_SNIPPETS, PREFIX, Size, is_here, resolve, still_needed
-from solotune.errors import SolotuneError
 from solotune.models.loading import build_policy, dtype_of
-from solotune.models.packed import PackedWeights, gains_by_packing
+from solotune.models.packed import packed_weights
 from solotune.models.products import use_fastest_products
 from solotune.models.tree import format_bytes
 from solotune.trainers import work
 from solotune.trainers.sampling import room_for_prompts
+
+log = logging.getLogger("solotune")
 
 if TYPE_CHECKING:
     from solotune.config import ModelConfig, Recipe, RewardConfig, RewardTrainingConfig
@@ -41,27 +41,29 @@ REWARD_OVERHEAD = 1.5
 """The same of learning a reward model, whose products are small."""
 LEAST_SECONDS = 60.0
 """A run that takes less needs no estimate."""
-SECONDS_OF_TIMING = 0.4
-MOST_OF_WEIGHTS = 2**24
-"""Numbers of the weights that are multiplied for the timing: more than a cache holds, as in a model."""
+SECONDS_OF_TIMING = 0.25
+"""Of each of four rates."""
+WEIGHTS = 2**24
+"""Numbers of the weights that are multiplied for a timing: more than a cache holds, as in a model."""
 TOKENS_A_WORD = 1.3
 PADDED_TOKENS_A_WORD = 2
 """Of a prompt that is padded to the longest beside it."""
 
 
 class Rates(NamedTuple):
-    """Operations a second, of the two kinds of `work.Work`; and of the reward model."""
+    """Operations a second, of the three kinds of `work.Work`; and of the reward model."""
 
     steps: float
     passes: float
+    head: float
     reward: float = math.inf
 
     def seconds(self, what: work.Work) -> float:
         """How long it takes."""
-        return OVERHEAD * (what.steps / self.steps + what.passes / self.passes)
+        return OVERHEAD * (what.steps / self.steps + what.passes / self.passes + what.head / self.head)
 
 
-FASTER_THAN_ANY = Rates(1e13, 1e13, 1e13)
+FASTER_THAN_ANY = Rates(1e13, 1e13, 1e13, 1e13)
 """Of no CPU."""
 
 
@@ -117,20 +119,26 @@ def size_line(size: Size) -> str | None:
 
 def first_line(recipe: Recipe, device: torch.device) -> tuple[str | None, bool]:
     """What is said before anything is fetched, None for nothing; and whether the time is in it, or cannot be known."""
-    seconds = None
-    if is_known := _is_model_here(recipe.config.model):
-        with contextlib.suppress(SolotuneError):  # which will be said in its own place
-            seconds = time_line(recipe, device, build_policy(recipe.config, meta=True))
+    is_known = _is_model_here(recipe.config.model)
+    seconds = time_line(recipe, device) if is_known else None
     lines = [line for line in (seconds, size_line(still_needed(_names(recipe)))) if line is not None]
     return "; ".join(lines) or None, is_known
 
 
-def time_line(recipe: Recipe, device: torch.device, policy: PolicyModel) -> str | None:
+def time_line(recipe: Recipe, device: torch.device, policy: PolicyModel | None = None) -> str | None:
     """How long the recipe will take; None where that cannot be known, or it is short.
 
     Args:
-        policy: its model, without weights.
+        policy: its model, without weights, where it was built already.
     """
+    try:
+        return _time_line(recipe, device, policy or build_policy(recipe.config, meta=True))
+    except Exception as error:  # what is wrong with a recipe is said in its own place, and no run fails for an estimate
+        log.debug("no estimate: %s", error)
+        return None
+
+
+def _time_line(recipe: Recipe, device: torch.device, policy: PolicyModel) -> str | None:
     config = recipe.config
     dtype = dtype_of(config.model, device)
     if device.type != "cpu" or not isinstance(config.method, PPOConfig) or config.model.is_seq2seq:
@@ -167,28 +175,40 @@ def measured_rates(recipe: Recipe, policy: PolicyModel, reward: Reward, dtype: t
     return Rates(
         measured_rate(shapes, sampled, dtype),
         measured_rate(shapes, positions, dtype),
-        measured_rate(reward.shapes, reward.rows, torch.float32) if reward.training else math.inf,
+        measured_rate([_head_shape(policy)], sampled, dtype),
+        measured_rate(reward.shapes, reward.rows, torch.float32) if reward.shapes else math.inf,
     )
 
 
 @torch.no_grad()
 def measured_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
     """Operations a second of products of (rows, in) with (out, in), taken in turn."""
-    numbers = sum(out * inner for out, inner in shapes)
-    copies = max(MOST_OF_WEIGHTS // numbers, 1)
-    weights = [torch.randn(shape, dtype=dtype) for _ in range(copies) for shape in shapes]
-    inputs = {inner: torch.randn(rows, inner, dtype=dtype) for _, inner in shapes}
-    is_packed = dtype == torch.float32 and gains_by_packing()
-    with PackedWeights(weights) if is_packed else contextlib.nullcontext():
-        for weight in weights[: len(shapes)]:
-            F.linear(inputs[weight.shape[1]], weight)  # the first product of a shape is prepared
+    copies = max(WEIGHTS // sum(out * inner for out, inner in shapes), 1)
+    layers = [_layer(*shape, dtype) for _ in range(copies) for shape in shapes]
+    inputs = {inner: torch.ones(rows, inner, dtype=dtype) for _, inner in shapes}
+    with packed_weights(nn.ModuleList(layers), None):
+        for layer in layers[: len(shapes)]:
+            layer(inputs[layer.in_features])  # the first product of a shape is prepared
         operations, start, seconds = 0, time.perf_counter(), 0.0
-        for weight in itertools.cycle(weights):
-            F.linear(inputs[weight.shape[1]], weight)
-            operations += 2 * rows * weight.numel()
+        for layer in itertools.cycle(layers):
+            layer(inputs[layer.in_features])
+            operations += 2 * rows * layer.weight.numel()
             if (seconds := time.perf_counter() - start) > SECONDS_OF_TIMING:
                 break
     return operations / seconds
+
+
+def _layer(n_out: int, n_in: int, dtype: torch.dtype) -> nn.Linear:
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False, dtype=dtype)  # type: ignore[assignment]
+    nn.init.ones_(layer.weight)
+    return layer.requires_grad_(False)
+
+
+def _head_shape(policy: PolicyModel) -> tuple[int, int]:
+    """(out, in) of the LM head, or of the part of it that is timed."""
+    head: Any = policy.lm.get_output_embeddings()
+    n_out, n_in = head.weight.shape
+    return min(n_out, 2 * WEIGHTS // n_in), n_in
 
 
 def prompt_width(recipe: Recipe) -> int:
@@ -216,21 +236,28 @@ def reward_work(reward: RewardConfig) -> Reward | None:
         return None
     with torch.device("meta"):
         encoder: nn.Module = AutoModel.from_config(config)
-    weights, shapes = work.matrix_weights([encoder]), _shapes(_block(encoder))
+    blocks = _blocks(encoder)
+    weights, shapes = work.matrix_weights([encoder]), _shapes(blocks[0])
     if training is None:
         return Reward(weights, 0.0, shapes, reward.batch_size)
-    rows = _training_rows(training)
-    if rows is None:
+    if (rows := _training_rows(training)) is None:
         return None
-    n_rows, tokens = rows
-    unfrozen, blocks = training.num_layers_unfrozen, config.get_text_config().num_hidden_layers
-    trained = weights if unfrozen == -1 else weights * min(unfrozen, blocks) / blocks
-    operations = work.reward_training(weights, trained, n_rows, tokens, training.epochs)
+    n_rows, n_held_out, tokens = rows
+    share = 1.0 if training.num_layers_unfrozen == -1 else training.num_layers_unfrozen / len(blocks)
+    operations = work.reward_training(weights, share * weights, n_rows * tokens, n_held_out * tokens)
     return Reward(weights, operations, shapes, max(round(training.batch_size * tokens), 1))
 
 
-def _training_rows(training: RewardTrainingConfig) -> tuple[int, float] | None:
-    """Rows that a reward model learns from, none where it has learned already, and their tokens; None: not known."""
+class _Rows(NamedTuple):
+    """Rows that a reward model learns from, of all epochs; those held out; tokens of each, roughly."""
+
+    learned: int
+    held_out: int
+    tokens: float
+
+
+def _training_rows(training: RewardTrainingConfig) -> _Rows | None:
+    """None where they are not known before they are fetched; no rows where the model has learned already."""
     from solotune.rewards.base import fingerprint
     from solotune.rewards.training import PREFIX_SHARE, PREFIX_WORDS, feedback_of, folder_of
 
@@ -239,7 +266,7 @@ def _training_rows(training: RewardTrainingConfig) -> tuple[int, float] | None:
     elif training.data == FILM_SNIPPETS or Path(training.data).is_file():
         feedback = feedback_of(training)
         if folder_of(training, fingerprint(training, feedback)).is_dir():
-            return 0, 0.0
+            return _Rows(0, 0, 1.0)
         n_rows, texts = len(feedback[0]), 2 if hasattr(feedback, "chosen") else 1
         words = fmean(len(text.split()) for text in feedback[0])
     else:
@@ -248,7 +275,8 @@ def _training_rows(training: RewardTrainingConfig) -> tuple[int, float] | None:
         beginning = (PREFIX_WORDS[0] + min(PREFIX_WORDS[1], words)) / 2
         words = PREFIX_SHARE * min(beginning, words) + (1 - PREFIX_SHARE) * words
     tokens = min(TOKENS_A_WORD * words + 2, training.max_length)
-    return min(max(n_rows - training.holdout, 0), training.max_rows or n_rows), texts * tokens
+    learned = min(max(n_rows - training.holdout, 0), training.max_rows or n_rows)
+    return _Rows(learned * training.epochs, training.holdout, texts * tokens)
 
 
 def _shapes(block: nn.Module) -> list[tuple[int, int]]:
@@ -258,10 +286,10 @@ def _shapes(block: nn.Module) -> list[tuple[int, int]]:
     return [(size[0], size[1]) for size in sizes if min(size) * 8 >= wide]
 
 
-def _block(encoder: nn.Module) -> nn.Module:
-    """The first of an encoder's blocks, or all of it."""
+def _blocks(encoder: nn.Module) -> Sequence[nn.Module]:
+    """An encoder's blocks; itself where it has no list of them."""
     lists = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module))
-    return next((blocks[0] for blocks in lists), encoder)
+    return next((list(blocks) for blocks in lists), [encoder])
 
 
 def _is_model_here(model: ModelConfig) -> bool:
@@ -277,7 +305,7 @@ def _local_config(name: str) -> PretrainedConfig | None:
         return None
     try:
         return AutoConfig.from_pretrained(resolve(name), local_files_only=True)
-    except (OSError, ValueError, SolotuneError):
+    except Exception:  # a broken one, too: it is said where it is loaded
         return None
 
 

@@ -25,15 +25,17 @@ class Work(NamedTuple):
     """Floating-point operations.
 
     Args:
-        steps: with one token a row at a time: sampling.
-        passes: with whole sequences at a time: prompts, measuring, learning.
+        steps: of the blocks with one token a row at a time: sampling.
+        passes: of the blocks with whole sequences at a time: prompts, measuring, learning.
+        head: of the LM head.
     """
 
     steps: float
     passes: float
+    head: float
 
     def times(self, factor: float) -> Work:
-        return Work(self.steps * factor, self.passes * factor)
+        return Work(*(part * factor for part in self))
 
 
 class Weights(NamedTuple):
@@ -86,26 +88,26 @@ def matrix_weights(modules: Iterable[nn.Module], trained: bool = False) -> int:
 def sampling(weights: Weights, rows: int, prompt_width: int, new_tokens: int) -> Work:
     """Prompts at once, then token after token, through the whole model."""
     body, N, P, T = weights.trunk + weights.top, rows, prompt_width, new_tokens
-    return Work(2 * N * ((T - 1) * body + T * weights.head), 2 * N * P * body)
+    return Work(2 * N * (T - 1) * body, 2 * N * P * body, 2 * N * T * weights.head)
 
 
 def measuring(weights: Weights, rows: int, prompt_width: int, new_tokens: int) -> Work:
     """Policy and reference over the top, the head of both, and the critic."""
     N, S, T = rows, prompt_width + new_tokens - 1, new_tokens
     top = S * (2 * weights.top + weights.branch)
-    return Work(0, 2 * N * (top + T * (2 * weights.head + weights.critic)))
+    return Work(0, 2 * N * (top + T * weights.critic), 4 * N * T * weights.head)
 
 
 def learning(weights: Weights, rows: int, prompt_width: int, new_tokens: int, recomputes: bool = False) -> Work:
     """One pass of updates: forward, the gradient by what goes in, and by the weights that are trained."""
     N, S, T = rows, prompt_width + new_tokens - 1, new_tokens
     top = S * ((2 + recomputes) * weights.top + weights.trained + (3 + recomputes) * weights.branch)
-    return Work(0, 2 * N * (top + T * (2 * weights.head + weights.trained_head + 3 * weights.critic)))
+    return Work(0, 2 * N * (top + 3 * T * weights.critic), 2 * N * T * (2 * weights.head + weights.trained_head))
 
 
 def added(*parts: Work) -> Work:
     """All of them together."""
-    return Work(sum(part.steps for part in parts), sum(part.passes for part in parts))
+    return Work(*(sum(column) for column in zip(*parts, strict=True)))
 
 
 def ppo_round(config: TRLConfig, weights: Weights, prompt_width: int) -> Work:
@@ -129,11 +131,16 @@ def evaluation(config: TRLConfig, weights: Weights, n_samples: int, prompt_width
 def n_evaluations(config: TRLConfig) -> int:
     """How often a run of PPO evaluates: before the first round, where `eval_interval` is crossed, at the end."""
     plan: Any = describe_steps(config)
-    others = plan.rounds - 1
-    return 2 + min(others * plan.steps_per_round // config.train.eval_interval, others)
+    before_the_last = plan.rounds - 1
+    return 2 + min(before_the_last, before_the_last * plan.steps_per_round // config.train.eval_interval)
 
 
-def reward_training(weights: int, trained: float, rows: int, tokens: float, epochs: int) -> float:
-    """Operations of learning a reward model, so many of whose weights are trained, from rows of so many tokens: forward
-    through all of them, and twice back through those."""
-    return 2.0 * (weights + 2 * trained) * rows * tokens * epochs
+def reward_training(weights: int, trained: float, tokens: float, held_out_tokens: float) -> float:
+    """Operations of learning a reward model and of scoring what was held out.
+
+    Args:
+        weights: in its matrices.
+        trained: of those, in the blocks that learn: they are gone through twice more, backward.
+        tokens: of all rows and epochs.
+    """
+    return 2.0 * ((weights + 2 * trained) * tokens + weights * held_out_tokens)
